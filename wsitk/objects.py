@@ -115,7 +115,8 @@ class ObjectTable:
             low = np.array([s.start for s in box])
             where = np.nonzero(mask)
             start[row], shape[row], size[row] = first + low, mask.shape, len(where[0])
-            anchor[row] = [w.sum() / len(w) + 0.5 for w in where] + first + low
+            # One rounding only: the anchor must not depend on the tile that an object is seen in.
+            anchor[row] = [w.sum() / len(w) + 0.5 for w in where] + (first + low)
             packed.append(np.packbits(mask))
         return cls(
             start=start,

@@ -1,0 +1,235 @@
+"""Load CellViT's published checkpoint files as they are.
+
+A file is what upstream's trainer saved: a dict of `arch` (the network's class), `config` (flat, dotted keys)
+and `model_state_dict`; whatever else lies in it (optimizer, run names) is not used. The weights' licence is
+not ours: see README.md beside this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from wsitk.errors import ModelError
+from wsitk.model import ObjectClass
+from wsitk.models.cellvit.config import VARIANTS, CellViTConfig
+from wsitk.models.cellvit.network import CellViT, empty_network
+from wsitk.models.cellvit.torchfile import TorchFile, checked_state, read_torch_file
+
+__all__ = ["CheckpointInfo", "PANNUKE", "load_checkpoint", "object_classes"]
+
+PANNUKE = (
+    ObjectClass("Neoplastic", (255, 0, 0)),
+    ObjectClass("Inflammatory", (34, 221, 77)),
+    ObjectClass("Connective", (35, 92, 236)),
+    ObjectClass("Dead", (254, 255, 0)),
+    ObjectClass("Epithelial", (255, 159, 68)),
+)
+"""PanNuke's nucleus classes 1 to 5 (Gamper 2020) in upstream's colours."""
+
+PALETTE = (
+    *(c.color for c in PANNUKE),
+    (160, 70, 220),
+    (0, 200, 200),
+    (150, 95, 45),
+    (245, 120, 190),
+    (120, 120, 120),
+)
+"""Colours of classes that no palette names; they repeat after ten."""
+
+VARIANT_BY_ARCH = {
+    ("CellViT256", None): "CellViT-256",
+    ("CellViTSAM", "SAM-B"): "CellViT-SAM-B",
+    ("CellViTSAM", "SAM-L"): "CellViT-SAM-L",
+    ("CellViTSAM", "SAM-H"): "CellViT-SAM-H",
+    ("CellViTUNI", None): "CellViT-UNI",
+    ("CellViTVirchow", None): "CellViT-Virchow",
+    ("CellViTVirchow2", None): "CellViT-Virchow2",
+}
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says of itself.
+
+    Attributes
+    ----------
+    path, sha256
+        The file and its identity.
+    arch, variant
+        Upstream's class name, and our name of the variant ("CellViT" for the generic one).
+    config
+        The network's architecture.
+    classes
+        Nucleus classes of the type map's channels 1, 2, …; channel 0 is background.
+    mean, std
+        Normalisation of RGB in 0 to 1.
+    spacing_um
+        Pixel size at which it was trained: 0.25, or 0.5 for the checkpoints trained at 20x.
+    magnification
+        The objective it names, if it does; post-processing has settings for 40 and 20.
+    mixed_precision
+        Whether it was trained, and is run upstream, in half precision.
+    """
+
+    path: Path
+    sha256: str
+    arch: str
+    variant: str
+    config: CellViTConfig
+    classes: tuple[ObjectClass, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    spacing_um: float
+    magnification: int | None
+    mixed_precision: bool
+
+
+def load_checkpoint(path: str | Path) -> tuple[CellViT, CheckpointInfo]:
+    """Return the network of a published checkpoint, in evaluation mode, float32, on the CPU, and its facts.
+
+    Raises ModelError: WSI301 (the weights are not that network's), WSI302 (the file asks for imports),
+    WSI303 (unreadable), WSI304 (unknown architecture or configuration), WSI306 (claims more data than it
+    has), WSI307 (entries that are no finite numbers).
+    """
+    file = read_torch_file(path)
+    info = _describe(file)
+    network = empty_network(info.config)
+    network.load_state_dict(checked_state(file, network.state_dict()), strict=True, assign=True)
+    return network.eval(), info
+
+
+def object_classes(names: Mapping[int, str], count: int, first: int = 1) -> tuple[ObjectClass, ...]:
+    """Return the classes `first` to ``count - 1``; one without a name is called 'class N'."""
+    known = {c.name: c.color for c in PANNUKE}
+    chosen = [(i, names.get(i, f"class {i}")) for i in range(first, count)]
+    return tuple(
+        ObjectClass(name, known.get(name, PALETTE[(i - first) % len(PALETTE)])) for i, name in chosen
+    )
+
+
+def _describe(file: TorchFile) -> CheckpointInfo:
+    arch, config = file.content.get("arch"), file.content.get("config")
+    if not isinstance(arch, str) or not isinstance(config, Mapping):
+        found = ", ".join(list(file.content)[:6])
+        raise ModelError(
+            "WSI304", f"{file.path} names no arch and config (it holds: {found}); wanted a CellViT checkpoint"
+        )
+    settings = _Settings(file.path, config)
+    variant, network = _architecture(arch, settings)
+    magnification = settings.integer("data.magnification", 0) or None
+    return CheckpointInfo(
+        path=file.path,
+        sha256=file.sha256,
+        arch=arch,
+        variant=variant,
+        config=network,
+        classes=_classes(settings, network.nuclei_classes),
+        mean=settings.triple("transformations.normalize.mean", 0.5),
+        std=settings.triple("transformations.normalize.std", 0.5),
+        spacing_um=0.5 if magnification == 20 else 0.25,
+        magnification=magnification,
+        mixed_precision=bool(settings.get("training.mixed_precision", False)),
+    )
+
+
+def _architecture(arch: str, settings: _Settings) -> tuple[str, CellViTConfig]:
+    if arch == "CellViT":
+        variant, base = arch, _generic(settings)
+    else:
+        backbone = settings.get("model.backbone") if arch == "CellViTSAM" else None
+        found = VARIANT_BY_ARCH.get((arch, backbone if isinstance(backbone, str) else None))
+        if found is None:
+            known = ", ".join(sorted({"CellViT", *(name for name, _ in VARIANT_BY_ARCH)}))
+            what = arch if arch != "CellViTSAM" else f"CellViTSAM with backbone {backbone!r}"
+            raise ModelError(
+                "WSI304", f"{settings.path} is a {what}; wanted one of {known} (SAM-B, SAM-L or SAM-H)"
+            )
+        variant, base = found, VARIANTS[found]
+    return variant, replace(
+        base,
+        nuclei_classes=settings.integer("data.num_nuclei_classes"),
+        tissue_classes=settings.integer("data.num_tissue_classes"),
+        regression=bool(settings.get("model.regression_loss", False)),
+    )
+
+
+def _generic(settings: _Settings) -> CellViTConfig:
+    layers = settings.get("model.extract_layers")
+    if (
+        not isinstance(layers, list | tuple)
+        or len(layers) != 4
+        or not all(isinstance(n, int) for n in layers)
+    ):
+        raise settings.refusal("model.extract_layers", layers, "four block numbers")
+    return CellViTConfig(
+        family="dino",
+        embed_dim=settings.integer("model.embed_dim"),
+        depth=settings.integer("model.depth"),
+        num_heads=settings.integer("model.num_heads"),
+        extract_layers=(layers[0], layers[1], layers[2], layers[3]),
+        input_channels=settings.integer("model.input_channels", 3),
+    )
+
+
+def _classes(settings: _Settings, count: int) -> tuple[ObjectClass, ...]:
+    """Return the classes of `dataset_config.nuclei_types` (name -> channel), or PanNuke's if it is silent."""
+    named = settings.below("dataset_config.nuclei_types.")
+    if not named and count == len(PANNUKE) + 1:
+        return PANNUKE
+    names: dict[int, str] = {}
+    for name, channel in named.items():
+        if not isinstance(channel, int) or not 0 <= channel < count or channel in names:
+            raise settings.refusal(
+                f"dataset_config.nuclei_types.{name}", channel, f"a channel of 0 to {count - 1}"
+            )
+        names[channel] = name
+    return object_classes(names, count)
+
+
+class _Settings:
+    """A checkpoint's flat configuration, read with types."""
+
+    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
+        self.path = path
+        self._values = dict(_flatten(values))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self._values.get(key, default)
+
+    def below(self, prefix: str) -> dict[str, Any]:
+        return {key.removeprefix(prefix): v for key, v in self._values.items() if key.startswith(prefix)}
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self._values.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self.refusal(key, value, "a whole number")
+        return value
+
+    def triple(self, key: str, default: float) -> tuple[float, float, float]:
+        value = self._values.get(key, (default,) * 3)
+        if (
+            not isinstance(value, list | tuple)
+            or len(value) != 3
+            or not all(isinstance(v, int | float) for v in value)
+        ):
+            raise self.refusal(key, value, "three numbers")
+        return float(value[0]), float(value[1]), float(value[2])
+
+    def refusal(self, key: str, got: Any, wanted: str) -> ModelError:
+        return ModelError(
+            "WSI304", f"{self.path}: config {key} is {str(got)[:80]!r}, wanted {wanted}; is it a CellViT's?"
+        )
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return (dotted key, value) pairs: upstream's files are flat already, users' own may be nested."""
+    pairs: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            pairs += _flatten(value, f"{prefix}{key}.")
+        else:
+            pairs.append((f"{prefix}{key}", value))
+    return pairs

@@ -1,0 +1,77 @@
+"""The tissue mask: glass is left out, tissue never, whatever the share of either."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from wsitk.errors import UsageError
+from wsitk.geometry import Region
+from wsitk.tissue import everywhere, find_tissue, from_geojson
+
+
+def slide(tissue: np.ndarray, glass: int = 240) -> np.ndarray:
+    """Return a thumbnail: pink noise where `tissue`, clear glass elsewhere."""
+    rng = np.random.default_rng(0)
+    pixels = np.full((*tissue.shape, 3), glass, np.int16) + rng.integers(-2, 3, (*tissue.shape, 3))
+    pink = np.array([205, 150, 190]) + rng.integers(-20, 20, (*tissue.shape, 3))
+    return np.where(tissue[..., None], pink, pixels).clip(0, 255).astype(np.uint8)
+
+
+def box(shape: tuple[int, int], *where: slice) -> np.ndarray:
+    mask = np.zeros(shape, bool)
+    mask[where] = True
+    return mask
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.9])
+def test_tissue_is_found_and_glass_is_not(share: float) -> None:
+    side = int(200 * share**0.5)
+    truth = box((200, 200), slice(0, side), slice(0, side))
+    found = find_tissue(slide(truth), (16.0, 16.0), 8.0).mask
+    assert found[truth].all()
+    assert found[~truth].mean() < 0.1 / max(1 - share, 0.1)
+
+
+def test_a_slide_that_is_all_tissue_is_all_tissue() -> None:
+    assert find_tissue(slide(np.ones((100, 100), bool)), (16.0, 16.0), 8.0).mask.all()
+
+
+def test_clear_glass_holds_no_tissue() -> None:
+    assert not find_tissue(slide(np.zeros((100, 100), bool)), (16.0, 16.0), 8.0).mask.any()
+
+
+def test_specks_of_dirt_are_left_out() -> None:
+    truth = box((100, 100), slice(50, 53), slice(50, 53))
+    assert not find_tissue(slide(truth), (16.0, 16.0), 8.0).mask.any()
+
+
+def test_touches_looks_at_level_0_regions() -> None:
+    mask = find_tissue(slide(box((100, 100), slice(40, 60), slice(40, 60))), (10.0, 10.0), 8.0)
+    assert mask.touches(Region((390, 390), (20, 20)))
+    assert not mask.touches(Region((0, 0), (200, 200)))
+    assert not mask.touches(Region((-500, -500), (100, 100)))
+
+
+def test_a_geojson_draws_the_mask(tmp_path: Path) -> None:
+    ring = [[100, 200], [300, 200], [300, 400], [100, 400], [100, 200]]
+    feature = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}, "properties": {}}
+    path = tmp_path / "roi.geojson"
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
+    mask = from_geojson(str(path), (100, 100), (10.0, 10.0))
+    assert mask.touches(Region((210, 110), (5, 5)))
+    assert not mask.touches(Region((110, 210), (5, 5)))
+
+
+def test_a_geojson_without_polygons_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "point.geojson"
+    path.write_text('{"type": "Point", "coordinates": [1, 2]}')
+    with pytest.raises(UsageError, match="WSI020"):
+        from_geojson(str(path), (10, 10), (1.0, 1.0))
+
+
+def test_area_counts_mask_pixels() -> None:
+    assert everywhere((10, 20), (4.0, 4.0)).area_um2((0.5, 0.5)) == pytest.approx(10 * 20 * 4)

@@ -1,0 +1,304 @@
+"""From committed blocks to the results of an input: merge, write, draw, and say what made the bytes.
+
+Everything is read back from the journal and streamed, so that memory does not grow with the slide, and
+may be done again from the start after a crash.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsitk.density import DensityMap
+from wsitk.geometry import Region
+from wsitk.journal import Journal, write_durably
+from wsitk.model import FieldSpec, ModelSpec
+from wsitk.objects import ObjectTable
+from wsitk.plan import Plan
+from wsitk.polygons import rings, shapes, to_shapely
+from wsitk.record import provenance
+from wsitk.settings import Settings
+from wsitk.sources.base import Source
+from wsitk.stitch.fields import FieldMerger, FieldPart
+from wsitk.stitch.objects import merge_objects
+from wsitk.tissue import thumbnail
+from wsitk.writers.geojson import write_geojson
+from wsitk.writers.ids import id_namespace, object_ids
+from wsitk.writers.ledger import write_ledger
+from wsitk.writers.ome_zarr import MapChannel, write_maps
+from wsitk.writers.parquet import ObjectRows, ObjectWriter
+from wsitk.writers.preview import draw_preview
+
+__all__ = ["STATUSES", "finish"]
+
+STATUSES = ("ok", "background", "absent", "unreadable", "model_failed", "not_done")
+
+
+@dataclass
+class Ledger:
+    """Status and reason of every tile, one byte and one (mostly shared) string each."""
+
+    status: NDArray[np.uint8]
+    reasons: dict[int, str] = field(default_factory=dict)
+    foreground: float = 0.0
+
+    @classmethod
+    def read(cls, plan: Plan, committed: Mapping[int, Mapping[str, Any]]) -> Ledger:
+        """Collect what the commit records say; a tile without a record was left out as background."""
+        status = np.where(plan.active, STATUSES.index("not_done"), STATUSES.index("background"))
+        ledger = cls(status.astype(np.uint8))
+        for record in committed.values():
+            for tile, name, reason in record["tiles"]:
+                ledger.status[tile] = STATUSES.index(name)
+                if reason:
+                    ledger.reasons[tile] = reason
+        means = [r["foreground"] for r in committed.values()]
+        ledger.foreground = float(np.mean(means)) if means else 0.0
+        return ledger
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of tiles by status."""
+        each = np.bincount(self.status, minlength=len(STATUSES)).tolist()
+        return dict(zip(STATUSES, each, strict=True))
+
+    def regions(self, plan: Plan, *names: str) -> list[Region]:
+        """Return the owned regions (working pixels) of the tiles with one of these statuses."""
+        wanted = [STATUSES.index(n) for n in names]
+        return [plan.grid[int(i)].owned for i in np.flatnonzero(np.isin(self.status, wanted))]
+
+
+def finish(
+    plan: Plan, spec: ModelSpec, journal: Journal, folder: Path, source: Source, settings: Settings
+) -> dict[str, Any]:
+    """Write the results of one input into `folder` and return its provenance."""
+    committed = journal.committed()
+    ledger = Ledger.read(plan, committed)
+    unreadable = [plan.level0(r) for r in ledger.regions(plan, "unreadable", "model_failed")]
+    density = DensityMap(plan.grid.extent, plan.spacing_um)
+    counts: dict[str, int] = {}
+    if spec.objects:
+        counts = _write_objects(plan, spec, journal, committed, folder, ledger, density)
+        if settings.geojson and spec.ndim == 2:
+            _write_geojson(plan, spec, folder, unreadable)
+    if settings.maps and spec.fields:
+        _write_maps(plan, spec, journal, committed, folder, density if spec.objects else None)
+    write_ledger(
+        folder / "tiles.parquet",
+        plan.grid,
+        ledger.status,
+        STATUSES,
+        ledger.reasons,
+        plan.level0,
+        overwrite=True,
+    )
+    if settings.preview and spec.ndim == 2:
+        _draw(plan, spec, folder, source, ledger, counts)
+    body = _body(plan, spec, ledger, counts)
+    record = provenance(folder, body)
+    write_durably(folder / "provenance.json", json.dumps(record, indent=1, sort_keys=True).encode())
+    journal.forget_blocks()
+    return record
+
+
+def _body(plan: Plan, spec: ModelSpec, ledger: Ledger, counts: Mapping[str, int]) -> dict[str, Any]:
+    return {
+        "key": plan.key,
+        "input": plan.identity,
+        "model": {
+            "name": spec.name,
+            "version": spec.version,
+            "weights_sha256": spec.weights_sha256,
+            "licence": spec.licences.weights,
+        },
+        "spacing_um": list(plan.spacing.um) if plan.spacing else None,
+        "spacing_from": plan.spacing.provenance if plan.spacing else None,
+        "working_spacing_um": list(plan.spacing_um),
+        "tissue_mm2": round(plan.tissue_mm2, 4),
+        "tiles": ledger.counts(),
+        "objects": dict(counts),
+        "remark": _remark(plan, spec, ledger, counts),
+        "warnings": list(plan.warnings),
+    }
+
+
+def _remark(plan: Plan, spec: ModelSpec, ledger: Ledger, counts: Mapping[str, int]) -> str:
+    """Say why there is nothing, where there is nothing."""
+    if not spec.objects or any(counts.values()):
+        return ""
+    tiles = ledger.counts()
+    if not plan.active.any():
+        return (
+            f"no tissue found in {len(plan.active)} tiles (threshold {plan.tissue.threshold}); see --tissue"
+        )
+    return (
+        f"no objects: {plan.tissue_mm2:.2f} mm² of tissue, {tiles['ok']} of {len(plan.active)} tiles ok, "
+        f"mean probability {ledger.foreground:.3f}"
+    )
+
+
+# --- objects -----------------------------------------------------------------------------------------
+
+SHAPE_COLUMNS = ("equivalent_diameter_um", "circularity", "solidity", "eccentricity", "max_diameter_um")
+
+
+def _write_objects(
+    plan: Plan,
+    spec: ModelSpec,
+    journal: Journal,
+    committed: Mapping[int, object],
+    folder: Path,
+    ledger: Ledger,
+    density: DensityMap,
+) -> dict[str, int]:
+    """Stream the merged objects into `objects.parquet`; return the number of each class."""
+    counts = np.zeros(len(spec.classes), np.int64)
+    columns = (*SHAPE_COLUMNS, *spec.object_columns)
+    bad = ledger.regions(plan, "unreadable", "model_failed")
+    namespace = id_namespace(plan.identity["sha256"], spec.name, f"{spec.version} {spec.weights_sha256}")
+    load = _loader(journal, committed, "objects:", ObjectTable.from_arrays)
+    with ObjectWriter(folder / "objects.parquet", spec.classes, columns, overwrite=True) as writer:
+        for table in merge_objects(plan.grid, load):
+            outlines = rings(table)
+            shape = shapes(table, (plan.spacing_um[0], plan.spacing_um[1]), outlines)
+            scale_xy = (plan.scale[1], plan.scale[0])
+            anchor_xy = table.anchor[:, ::-1] * scale_xy
+            rows = ObjectRows(
+                id=object_ids(namespace, anchor_xy, table.class_id, table.size),
+                class_id=table.class_id,
+                probability=table.probability,
+                centroid_xy=anchor_xy,
+                area_um2=shape["area_um2"],
+                perimeter_um=shape["perimeter_um"],
+                geometry=to_shapely(outlines, scale_xy),
+                touches_unreadable=_touches(table, bad),
+                restored=np.zeros(len(table), bool),
+                columns={n: shape[n] for n in SHAPE_COLUMNS} | dict(table.columns),
+            )
+            writer.write(rows)
+            density.add(table.anchor)
+            counts += np.bincount(table.class_id, minlength=len(counts))
+    return {c.name: int(n) for c, n in zip(spec.classes, counts, strict=True)}
+
+
+def _touches(table: ObjectTable, regions: list[Region]) -> NDArray[np.bool_]:
+    """Tell which objects' boxes meet or border on one of `regions`."""
+    hit = np.zeros(len(table), bool)
+    for region in regions:
+        beyond = (table.start > np.array(region.stop)) | (table.start + table.shape < np.array(region.start))
+        hit |= ~beyond.any(axis=1)
+    return hit
+
+
+def _write_geojson(plan: Plan, spec: ModelSpec, folder: Path, unreadable: list[Region]) -> None:
+    """Write the QuPath view; an object lost on QuPath's grid would be a broken promise, so it is an error."""
+    write_geojson(
+        folder / "objects.parquet",
+        folder / "objects.geojson.gz",
+        classes=spec.classes,
+        bounds_xy=(float(plan.bounds.start[1]), float(plan.bounds.start[0])),
+        unreadable=unreadable,
+        overwrite=True,
+    )
+
+
+# --- maps --------------------------------------------------------------------------------------------
+
+
+def _loader(
+    journal: Journal, committed: Mapping[int, object], prefix: str, build: Callable[[dict[str, Any]], Any]
+) -> Callable[[int], Any]:
+    """Return a function from block number to what the journal holds of it, None where it holds nothing."""
+
+    def load(block: int) -> Any:
+        return build(journal.load(block, prefix)) if block in committed else None
+
+    return load
+
+
+@final
+class _Stack:
+    """All channels of all fields over a region, in the order in which they are written."""
+
+    def __init__(
+        self, mergers: list[FieldMerger], start: tuple[int, ...], density: DensityMap | None
+    ) -> None:
+        self._mergers = mergers
+        self._start = start
+        self._density = density
+
+    def read(self, region: Region) -> NDArray[Any]:
+        """Return (C, *shape); `region` counts from the extent's corner."""
+        place = Region(tuple(a + b for a, b in zip(region.start, self._start, strict=True)), region.shape)
+        parts = [m.read(place) for m in self._mergers]
+        if self._density is not None:
+            parts.append(self._density.read(region, parts[0].dtype)[None])
+        return np.concatenate(parts)
+
+
+def _write_maps(
+    plan: Plan,
+    spec: ModelSpec,
+    journal: Journal,
+    committed: Mapping[int, object],
+    folder: Path,
+    density: DensityMap | None,
+) -> None:
+    """Write every field, and the density of objects, as channels of `maps.ome.zarr`."""
+    mergers = [
+        FieldMerger(plan.grid, f, _loader(journal, committed, f"field:{f.name}:", FieldPart.from_arrays))
+        for f in spec.fields
+    ]
+    channels = [c for f in spec.fields for c in _channels(f, spec)]
+    notes: dict[str, Any] = {"model": spec.name, "uint8": "0 to 255 stands for 0 to 1"}
+    with_density = density is not None and spec.ndim == 2 and spec.fields[0].dtype != "float32"
+    if density is not None and with_density:
+        density.freeze()
+        channels.append(MapChannel("Density", (255, 255, 255)))
+        notes["density"] = {"full_scale_per_mm2": density.full_scale_per_mm2, "sigma_um": density.sigma_um}
+    offset = zip(plan.grid.extent.start, plan.spacing_um, strict=True)
+    write_maps(
+        folder / "maps.ome.zarr",
+        plan.grid.extent.shape,
+        spec.fields[0].dtype,
+        channels,
+        plan.spacing_um,
+        tuple((a + 0.5) * um for a, um in offset),
+        _Stack(mergers, plan.grid.extent.start, density if with_density else None).read,
+        notes=notes,
+        overwrite=True,
+    )
+
+
+def _channels(spec: FieldSpec, model: ModelSpec) -> list[MapChannel]:
+    colors = {c.name: c.color for c in model.classes}
+    top = 1.0 if spec.dtype == "float32" else float(np.iinfo(spec.dtype).max)
+    names = spec.channels if spec.reduction == "mean" else (spec.name,)
+    return [MapChannel(n, colors.get(n, (255, 255, 255)), (0.0, top)) for n in names]
+
+
+# --- picture -----------------------------------------------------------------------------------------
+
+
+def _draw(
+    plan: Plan, spec: ModelSpec, folder: Path, source: Source, ledger: Ledger, counts: Mapping[str, int]
+) -> None:
+    pixels, scale = thumbnail(source)
+    tiles = [(plan.level0(plan.grid[i].owned), STATUSES[s]) for i, s in enumerate(ledger.status.tolist())]
+    draw_preview(
+        folder / "preview.png",
+        pixels,
+        (scale[1], scale[0]),
+        plan.tissue.mask,
+        tiles,
+        folder / "objects.parquet" if spec.objects else None,
+        spec.classes,
+        [plan.name, f"{spec.name} {spec.version}", f"{plan.tissue_mm2:.1f} mm² of tissue"],
+        source.read,
+        overwrite=True,
+    )

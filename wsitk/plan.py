@@ -1,0 +1,204 @@
+"""What will be done with one input, before anything is done: grid, tissue, blocks, run key."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+import wsitk
+from wsitk.errors import SourceError, UsageError
+from wsitk.geometry import Region, Spacing
+from wsitk.grid import TileGrid
+from wsitk.model import ModelSpec
+from wsitk.settings import Settings
+from wsitk.sources.base import Source, SourceRef
+from wsitk.sources.spacing import require_spacing
+from wsitk.sources.working import WorkingImage
+from wsitk.tissue import TissueMask, everywhere, find_tissue, from_geojson, thumbnail
+from wsitk.worker import BlockTask
+
+__all__ = ["Plan", "make_plan", "working_image", "resolve_spec"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One input, ready to run.
+
+    `spacing` is that of level 0 (None where the model takes any and the file says nothing), `scale` the
+    number of level-0 pixels per working pixel. `active` holds, for each tile of the grid, whether it is
+    worth reading.
+    """
+
+    name: str
+    ref: SourceRef
+    identity: dict[str, Any]
+    spacing: Spacing | None
+    scale: tuple[float, ...]
+    bounds: Region
+    image: Region
+    grid: TileGrid
+    tissue: TissueMask
+    active: NDArray[np.bool_]
+    band: int
+    key: dict[str, Any]
+    warnings: tuple[str, ...]
+
+    @cached_property
+    def spacing_um(self) -> tuple[float, ...]:
+        """Return the working grid's pixel size; ones where nothing is known of the input's."""
+        level0 = self.spacing.um if self.spacing else (1.0,) * len(self.scale)
+        return tuple(um * s for um, s in zip(level0, self.scale, strict=True))
+
+    @property
+    def tissue_mm2(self) -> float:
+        """Return the area of tissue in mm²; 0 where the spacing is unknown."""
+        return self.tissue.area_um2(self.spacing.um) / 1e6 if self.spacing else 0.0
+
+    def level0(self, region: Region) -> Region:
+        """Return a working region in level-0 pixels, rounded outwards."""
+        return Region.between(
+            (int(np.floor(a * s)) for a, s in zip(region.start, self.scale, strict=True)),
+            (int(np.ceil(b * s)) for b, s in zip(region.stop, self.scale, strict=True)),
+        )
+
+    def tasks(self) -> Iterator[BlockTask]:
+        """Yield a task for each block that has a tile to run."""
+        for block in self.grid.blocks():
+            tiles = tuple(i for i in block.tiles if self.active[i])
+            if tiles:
+                yield BlockTask(self.name, self.ref, self.grid, block.index, tiles, self.band, self.image)
+
+
+def resolve_spec(spec: ModelSpec, settings: Settings) -> ModelSpec:
+    """Return the spec with the user's tile and halo.
+
+    Raises UsageError (WSI010) if they don't fit the model.
+    """
+    tile = (settings.tile,) * spec.ndim if settings.tile else spec.tile
+    halo = (settings.halo,) * spec.ndim if settings.halo is not None else spec.halo
+    cell = tuple(t - 2 * h for t, h in zip(tile, halo, strict=True))
+    if any(c < a or c % a or t % a for c, a, t in zip(cell, spec.align, tile, strict=True)):
+        raise UsageError(
+            "WSI010",
+            f"tile {tile} with halo {halo} leaves {cell} pixels; {spec.name} wants tile and tile - 2 * halo "
+            f"to be multiples of {spec.align}: for example --tile {spec.tile[0]} --halo {spec.halo[0]}",
+        )
+    return replace(spec, tile=tile, halo=halo)
+
+
+def working_image(source: Source, spec: ModelSpec) -> WorkingImage:
+    """Return `source` as the model wants to see it."""
+    border: Literal["reflect", "constant"] = "constant" if spec.border == "constant" else "reflect"
+    return WorkingImage(source, spec.spacing, tolerance=spec.spacing_tolerance, border=border, fill=spec.fill)
+
+
+def make_plan(name: str, ref: SourceRef, source: Source, spec: ModelSpec, settings: Settings) -> Plan:
+    """Return the plan for an open source; `spec` has been resolved.
+
+    Raises SpacingError without a usable pixel size, SourceError (WSI112) if the image is too small or has
+    the wrong channels, UsageError for a region of interest outside the image.
+    """
+    if spec.spacing is not None:
+        require_spacing(source)
+    _check_shape(source, spec)
+    image = working_image(source, spec)
+    extent = _extent(image, source.bounds, settings)
+    if any(n < h for n, h in zip(extent.shape, spec.halo, strict=True)):
+        raise SourceError(
+            "WSI112",
+            f"{name}: {_times(extent.shape)} pixels at {_times(image.spacing or ())} µm is less than the margin "
+            f"of {_times(spec.halo)} that {spec.name} needs; nothing to find in it",
+        )
+    grid = TileGrid.fit(extent, spec.tile, spec.halo, align=spec.align, block=(settings.block,) * spec.ndim)
+    tissue = _tissue(source, settings)
+    plan = Plan(
+        name=name,
+        ref=ref,
+        identity=source.identity(),
+        spacing=source.spacing,
+        scale=image.scale,
+        bounds=source.bounds,
+        image=Region((0,) * source.ndim, image.shape),
+        grid=grid,
+        tissue=tissue,
+        active=np.zeros(len(grid), bool),
+        band=1,
+        key={},
+        warnings=tuple(image.warnings),
+    )
+    active = np.fromiter((tissue.touches(plan.level0(t.owned)) for t in grid), bool, len(grid))
+    band = max(1, round(spec.seam_um / min(plan.spacing_um)))
+    return replace(plan, active=active, band=band, key=_key(plan, spec, settings))
+
+
+def _check_shape(source: Source, spec: ModelSpec) -> None:
+    if source.ndim != spec.ndim:
+        raise SourceError(
+            "WSI113", f"{source.name} has {source.ndim} spatial axes, {spec.name} works on {spec.ndim}"
+        )
+    channels = len(source.channel_names)
+    if channels != spec.channels:
+        raise SourceError(
+            "WSI130",
+            f"{source.name} has {channels} channels ({source.dtype}), {spec.name} reads {spec.channels}",
+        )
+
+
+def _extent(image: WorkingImage, bounds: Region, settings: Settings) -> Region:
+    """Return the region to work on, in working pixels: scanner bounds, cut to a region of interest."""
+    level0 = bounds
+    if isinstance(settings.roi, tuple):
+        x, y, width, height = settings.roi
+        level0 = bounds.intersect(Region((y, x), (height, width)))
+        if not level0.size:
+            raise UsageError("WSI011", f"--roi {settings.roi} lies outside the image, which covers {bounds}")
+    start = (int(np.floor(a / s)) for a, s in zip(level0.start, image.scale, strict=True))
+    stop = (int(np.ceil(b / s)) for b, s in zip(level0.stop, image.scale, strict=True))
+    return Region.between(start, stop).intersect(Region((0,) * len(image.shape), image.shape))
+
+
+def _tissue(source: Source, settings: Settings) -> TissueMask:
+    """Return the mask that decides which tiles to run."""
+    brightfield = source.ndim == 2 and len(source.channel_names) == 3
+    if not brightfield:
+        return everywhere((1,) * source.ndim, tuple(float(n) for n in source.shape))
+    pixels, scale = thumbnail(source)
+    shape = pixels.shape[:2]
+    um = source.spacing.mean * float(np.mean(scale)) if source.spacing else None
+    if settings.tissue == "auto":
+        mask = find_tissue(pixels, scale, um)
+    elif settings.tissue == "none":
+        mask = everywhere(shape, scale)
+    else:
+        mask = from_geojson(settings.tissue, shape, scale)
+    return mask.both(from_geojson(settings.roi, shape, scale)) if isinstance(settings.roi, str) else mask
+
+
+def _key(plan: Plan, spec: ModelSpec, settings: Settings) -> dict[str, Any]:
+    """Return everything that may change a byte of this input's results."""
+    return {
+        "wsitk": wsitk.__version__,
+        "input": plan.identity,
+        "spacing": list(plan.spacing.um) if plan.spacing else None,
+        "model": [spec.name, spec.version, spec.weights_sha256],
+        "grid": [list(spec.tile), list(spec.halo), list(spec.align), spec.compute_batch],
+        "settings": {k: _content(v) for k, v in settings.result_key().items()},
+    }
+
+
+def _content(value: Any) -> Any:
+    """Return a file's hash in place of its name: what it says matters, not where it lies."""
+    if isinstance(value, str) and Path(value).is_file():
+        return hashlib.sha256(Path(value).read_bytes()).hexdigest()
+    return value
+
+
+def _times(numbers: tuple[float, ...]) -> str:
+    return " × ".join(f"{n:g}" for n in numbers)

@@ -1,0 +1,147 @@
+"""What is said about a run: a row per input, the deterministic provenance, and the record with the times."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import platform
+import resource
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from wsitk.journal import write_durably
+
+__all__ = [
+    "InputRow",
+    "file_sha256",
+    "peak_memory_mib",
+    "provenance",
+    "read_json",
+    "write_run",
+    "write_summary",
+]
+
+NOTICE = "Research use only; not a medical device."
+
+VERSIONED = ("wsitk", "numpy", "torch", "timm", "openslide-python", "openslide-bin", "tifffile", "imagecodecs",
+             "opencv-python-headless", "numba", "zarr", "shapely", "pyarrow")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class InputRow:
+    """One line of `summary.csv`.
+
+    `status` is ``done``, ``gaps`` (done, but more tiles were unreadable than allowed) or ``failed``.
+    """
+
+    input: str
+    status: str
+    code: str = ""
+    message: str = ""
+    spacing_um: float | None = None
+    spacing_provenance: str = ""
+    tissue_mm2: float | None = None
+    tiles: Mapping[str, int] = field(default_factory=dict)
+    objects: Mapping[str, int] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    peak_mib: float | None = None
+    exit_code: int = 0
+
+    def cells(self) -> dict[str, object]:
+        """Return the row as flat columns."""
+        flat: dict[str, object] = {
+            "input": self.input,
+            "status": self.status,
+            "code": self.code,
+            "spacing_um": "" if self.spacing_um is None else f"{self.spacing_um:.4f}",
+            "spacing_from": self.spacing_provenance,
+            "tissue_mm2": "" if self.tissue_mm2 is None else f"{self.tissue_mm2:.2f}",
+        }
+        flat |= {f"tiles_{k}": v for k, v in self.tiles.items()}
+        flat |= {f"objects_{k}": v for k, v in self.objects.items()}
+        flat |= {f"seconds_{k}": f"{v:.1f}" for k, v in self.seconds.items()}
+        return flat | {
+            "peak_mib": "" if self.peak_mib is None else f"{self.peak_mib:.0f}",
+            "message": self.message,
+        }
+
+
+def write_summary(path: Path, rows: Iterable[InputRow]) -> None:
+    """Write `summary.csv`, a line for each input, in the order of their names."""
+    cells = [row.cells() for row in sorted(rows, key=lambda r: r.input)]
+    names = list(dict.fromkeys(n for row in cells for n in row if n not in ("peak_mib", "message")))
+    text = io.StringIO()
+    table = csv.DictWriter(text, [*names, "peak_mib", "message"], restval="", lineterminator="\n")
+    table.writeheader()
+    table.writerows(cells)
+    write_durably(path, text.getvalue().encode())
+
+
+def write_run(
+    path: Path, *, started: str, seconds: float, rows: Iterable[InputRow], settings: Mapping[str, Any]
+) -> None:
+    """Write `run.json`: the command, the machine, the times and how each input ended."""
+    record = {
+        "notice": NOTICE,
+        "command": sys.argv,
+        "started": started,
+        "seconds": round(seconds, 2),
+        "machine": {
+            "system": platform.platform(),
+            "python": platform.python_version(),
+            "cpus": os.cpu_count(),
+        },
+        "settings": settings,
+        "inputs": {r.input: {"status": r.status, "code": r.code, "seconds": dict(r.seconds)} for r in rows},
+    }
+    write_durably(path, json.dumps(record, indent=1).encode())
+
+
+def provenance(folder: Path, body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what made the bytes in `folder`: `body`, versions, and the hash of every output file.
+
+    Left out are the files that hold times: the record itself, HTML, and the journal's folder.
+    """
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    outputs = {
+        p.relative_to(folder).as_posix(): file_sha256(p)
+        for p in files
+        if ".wsitk" not in p.relative_to(folder).parts and p.suffix != ".html" and p.name != "provenance.json"
+    }
+    return {"notice": NOTICE, **body, "versions": versions(), "outputs": outputs}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that can change a result."""
+    found = {}
+    for name in VERSIONED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def file_sha256(path: Path) -> str:
+    """Return a file's SHA-256 as hexadecimal text."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON file that wsitk wrote."""
+    value: dict[str, Any] = json.loads(path.read_bytes())
+    return value
+
+
+def peak_memory_mib() -> float:
+    """Return the most memory this process has held at once, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1024 if sys.platform != "darwin" else peak / 1024**2

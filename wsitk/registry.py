@@ -1,0 +1,81 @@
+"""From a model's name, folder or checkpoint file to a model. The engine's only upward look-up, and lazy.
+
+Built-ins come from the table in `wsitk.models`; others announce themselves through the entry-point group
+``wsitk.models``, whose names map to a builder taking keyword options and returning a `TileModel`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from wsitk.errors import ModelError, UsageError
+from wsitk.model import TileModel
+
+__all__ = ["load_model", "model_names"]
+
+Builder = Callable[..., TileModel]
+
+
+def _table() -> dict[str, str]:
+    """Return name -> ``module:builder``; a name claimed twice is an error (WSI305)."""
+    built_in: dict[str, str] = importlib.import_module("wsitk.models").BUILTIN
+    table = dict(built_in)
+    for point in entry_points(group="wsitk.models"):
+        if table.get(point.name, point.value) != point.value:
+            raise ModelError(
+                "WSI305", f"two models are called {point.name!r}: {table[point.name]} and {point.value}"
+            )
+        table[point.name] = point.value
+    return table
+
+
+def model_names() -> tuple[str, ...]:
+    """Return the names that `load_model` knows, without importing any model."""
+    return tuple(sorted(_table()))
+
+
+def _resolve(target: str) -> Any:
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def load_model(name: str | Path, **options: Any) -> TileModel:
+    """Return the model called `name`, or read from the checkpoint file `name`.
+
+    Raises UsageError (WSI030) for an unknown name, ModelError for a file that is no model.
+    """
+    table = _table()
+    if str(name) in table:
+        return _build(_resolve(table[str(name)]), str(name), options)
+    path = Path(name)
+    if path.is_file():
+        return _from_file(path, options)
+    known = ", ".join(sorted(table))
+    raise UsageError("WSI030", f"no model is called {str(name)!r} and no such file exists; known: {known}")
+
+
+def _build(build: Builder, name: str, options: dict[str, Any]) -> TileModel:
+    """Call a builder; an option that it doesn't take is the user's mistake (UsageError WSI031)."""
+    taken = inspect.signature(build).parameters
+    odd = [n for n in options if n not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values())]
+    if odd:
+        raise UsageError("WSI031", f"model {name!r} takes no option {', '.join(odd)}; leave it out")
+    return build(**options)
+
+
+def _from_file(path: Path, options: dict[str, Any]) -> TileModel:
+    readers: tuple[str, ...] = importlib.import_module("wsitk.models").CHECKPOINT_READERS
+    reasons = []
+    for target in readers:
+        read: Builder = partial(_resolve(target), path)
+        try:
+            return _build(read, path.name, options)
+        except ModelError as error:
+            reasons.append(str(error))
+    raise ModelError("WSI300", f"{path.name} is not a checkpoint that wsitk can read: {'; '.join(reasons)}")

@@ -1,0 +1,119 @@
+"""Area means and linear interpolation along each axis, exact in their place: the arithmetic of `working`.
+
+Along one axis, output pixel k is a weighted sum of a few input pixels; weights and their order depend on
+k alone, never on the window that is computed. Down-sampling by a factor f takes the overlap of
+``[k * f, (k + 1) * f)`` with each input pixel, divided by the part of it that lies inside the image.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Taps", "apply_taps", "halve", "make_taps"]
+
+
+@dataclass(frozen=True)
+class Taps:
+    """The rule of one axis for outputs ``[low, high)``.
+
+    `first` (m,) is the first input pixel of each output, `weights` (m, K) its weights (zero beyond the
+    last one used), `total` (m,) their sum. `start` and `stop` bound the inputs that are read.
+    """
+
+    first: NDArray[np.int64]
+    weights: NDArray[np.float64]
+    total: NDArray[np.float64]
+    start: int
+    stop: int
+
+
+def make_taps(low: int, high: int, factor: float, length: int) -> Taps:
+    """Return the rule for outputs ``low .. high - 1`` of an axis of `length` input pixels.
+
+    `factor` is input pixels per output pixel: at least 1 means an area mean, less linear interpolation.
+    """
+    k = np.arange(low, high, dtype=np.float64)
+    if factor >= 1.0:
+        begin, end = k * factor, np.minimum((k + 1) * factor, length)
+        first = np.minimum(np.floor(begin).astype(np.int64), length - 1)
+        width = math.ceil(factor) + (0 if factor.is_integer() else 1)
+        cell = first[:, None] + np.arange(width)
+        overlap = np.minimum(cell + 1, end[:, None]) - np.maximum(cell, begin[:, None])
+        weights = np.maximum(overlap, 0.0)
+    else:
+        centre = np.clip((k + 0.5) * factor - 0.5, 0.0, length - 1.0)
+        first = np.minimum(np.floor(centre).astype(np.int64), max(length - 2, 0))
+        share = centre - first
+        weights = np.stack([1.0 - share, share], axis=1)
+    used = np.where(weights > 0, first[:, None] + np.arange(weights.shape[1]) + 1, 0)
+    return Taps(first, weights, weights.sum(axis=1), int(first[0]), min(int(used.max()), length))
+
+
+def apply_taps(pixels: NDArray[Any], taps: tuple[Taps, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return the weighted means of `pixels` (spatial..., C) under one rule per spatial axis.
+
+    `pixels` holds exactly the inputs ``[taps.start, taps.stop)`` of each axis. Integers are rounded half up,
+    so that a whole factor gives ``(2 * sum + n) // (2 * n)`` of the n pixels of a block.
+    """
+    # Sums of bytes are exact in float32 up to 2**24; anything else is summed in float64.
+    heaviest = math.prod(float(t.total.max()) for t in taps)
+    narrow = pixels.dtype == np.uint8 and heaviest * 255 < 2**24
+    work = np.float32 if narrow else np.float64
+    summed: NDArray[Any] = np.ascontiguousarray(pixels)
+    for axis, rule in enumerate(taps):
+        summed = _along(summed, axis, rule, work)
+    total = np.ones((), work)
+    for axis, rule in enumerate(taps):
+        shape = [1] * summed.ndim
+        shape[axis] = len(rule.total)
+        total = total * rule.total.astype(work).reshape(shape)
+    mean = summed / total
+    if np.issubdtype(dtype, np.integer):
+        mean = np.floor(mean + work(0.5))
+    return mean.astype(dtype)
+
+
+def _along(pixels: NDArray[Any], axis: int, rule: Taps, work: type[np.floating[Any]]) -> NDArray[Any]:
+    """Return the weighted sums along one axis."""
+    shape = pixels.shape
+    outer, inner = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
+    out = np.zeros((outer, len(rule.first), inner), work)
+    weights = np.ascontiguousarray(rule.weights.astype(work))
+    _kernel()(pixels.reshape(outer, shape[axis], inner), rule.first - rule.start, weights, out)
+    return out.reshape(*shape[:axis], len(rule.first), *shape[axis + 1 :])
+
+
+@cache
+def _kernel() -> Any:
+    """Compile the sum; it holds no GIL, and adds in the order of the input pixels."""
+    import numba
+
+    @numba.njit(nogil=True, cache=True)
+    def add_up(source: Any, first: Any, weights: Any, out: Any) -> None:
+        outer, length, inner = source.shape
+        for o in range(outer):
+            for k in range(weights.shape[0]):
+                for j in range(weights.shape[1]):
+                    i = first[k] + j
+                    w = weights[k, j]
+                    if w == 0 or i >= length:
+                        continue
+                    for c in range(inner):
+                        out[o, k, c] += w * source[o, i, c]
+
+    return add_up
+
+
+def halve(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the means of 2 x 2 blocks of (2h, 2w, C) bytes, rounded half up; the common case, in SIMD."""
+    import cv2
+
+    height, width, channels = pixels.shape
+    small = cv2.resize(pixels, (width // 2, height // 2), interpolation=cv2.INTER_AREA)
+    return np.asarray(small, np.uint8).reshape(height // 2, width // 2, channels)

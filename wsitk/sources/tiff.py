@@ -1,0 +1,248 @@
+"""Tiled TIFF, OME-TIFF and SVS decoded directly: pread, one codec call per tile, a bounded cache."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsitk.errors import SourceError
+from wsitk.geometry import Region, Spacing
+from wsitk.sources.array import default_channels
+from wsitk.sources.base import Reading, Source, SourceRef
+from wsitk.sources.files import closed, consistent_levels, file_identity, make_levels, over_white, probe
+from wsitk.sources.spacing import explicit, judge
+from wsitk.sources.tiff_pages import (
+    LOOKED_AT,
+    TiledPage,
+    check_segments,
+    page_of,
+    pages_of_pyramid,
+    stated_spacings,
+)
+
+__all__ = ["TiffSource", "read_plain_tiff"]
+
+CACHE_BYTES = 64 << 20
+_DIRECT_VENDORS = ("aperio", "generic-tiff", "")
+_JPEG = 7
+
+
+@final
+class TiffSource(Source):
+    """A pyramid of tiled pages. Grey stays one channel and 16 bits stay 16; alpha is composited on white.
+
+    Tiles that the file does not hold (offset or length zero) are white and `absent`. Raises SourceError on
+    opening: WSI100, WSI101 (not ours: another reader may take it), WSI102 (cut short), WSI130 (colours or
+    planes without one meaning in RGB), WSI140, WSI141 (sizes beyond the limits).
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        mpp: float | Sequence[float] | None = None,
+        name: str | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        self.name = name or Path(path).name
+        self._path = str(path)
+        if probe(self._path, self.name)[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+            raise SourceError("WSI101", f"{self.name}: not a TIFF")
+        _leave_to_openslide(self._path, self.name)
+        pages, stated = self._parse()
+        kept = consistent_levels(self.name, [(p.shape, p.tile) for p in pages])
+        self._pages = tuple(pages[i] for i in kept)
+        self.levels = make_levels([(p.shape, p.tile) for p in self._pages])
+        samples = int(pages[0].page.samplesperpixel)
+        self._alpha = samples in (2, 4)
+        self.axes = ("y", "x", "c")
+        self.dtype = np.dtype(pages[0].page.dtype)
+        self.channel_names = default_channels(samples - self._alpha)
+        self.spacing, self.spacing_error = judge(self.name, explicit(mpp, 2) + stated, LOOKED_AT)
+        self.bounds = Region((0, 0), self.levels[0].shape)
+        options = {k: v for k, v in {"mpp": mpp, "name": name}.items() if v is not None}
+        self.ref = SourceRef(self._path, options)
+        self._cache = _TileCache(cache_bytes)
+        self._file: int | None = os.open(self._path, os.O_RDONLY)
+
+    def _parse(self) -> tuple[list[TiledPage], list[Spacing]]:
+        """Return the pages that may be levels, and the stated pixel sizes."""
+        import tifffile
+
+        try:
+            with tifffile.TiffFile(self._path) as file:
+                first = file.pages.first
+                aperio = str(first.description or "").startswith("Aperio")
+                _check_kind(first, file, self.name)
+                pages = [page_of(p, self.name) for p in pages_of_pyramid(list(file.pages), aperio)]
+                for level, page in enumerate(pages):
+                    check_segments(page, level, file.filehandle.size, self.name)
+                _ = [p.page.decode for p in pages]  # builds the decoders while the file is open
+                return pages, stated_spacings(first, aperio, file.ome_metadata if file.is_ome else None)
+        except SourceError:
+            raise
+        except Exception as error:  # a damaged header gives any of twenty types
+            raise SourceError("WSI101", f"{self.name}: TIFF: {type(error).__name__}: {error}") from error
+
+    def read_inside(self, region: Region, level: int) -> Reading:
+        """Return pixels (h, w, c) assembled from decoded tiles, and where the file holds none."""
+        page = self._pages[level]
+        out = np.empty((*region.shape, self._samples), self.dtype)
+        missing: NDArray[np.bool_] | None = None
+        spans = zip(region.start, region.stop, page.tile, strict=True)
+        for place in product(*(range(a // t, -(-b // t)) for a, b, t in spans)):
+            tile = Region((place[0] * page.tile[0], place[1] * page.tile[1]), page.tile)
+            common = tile.intersect(region)
+            where = common.slices(region.start)
+            pixels = self._tile(page, level, place)
+            if pixels is None:
+                missing = np.zeros(region.shape, np.bool_) if missing is None else missing
+                missing[where] = True
+                out[where] = np.iinfo(self.dtype).max if self.dtype.kind == "u" else 0
+            else:
+                out[where] = pixels[common.slices(tile.start)]
+        if not self._alpha:
+            return Reading(out, missing)
+        colour, clear = over_white(out)
+        if missing is not None:
+            clear = missing if clear is None else clear | missing
+        return Reading(colour, clear)
+
+    @property
+    def _samples(self) -> int:
+        """Return the number of stored samples per pixel."""
+        return len(self.channel_names) + self._alpha
+
+    def _tile(self, page: TiledPage, level: int, place: tuple[int, int]) -> NDArray[Any] | None:
+        """Return one decoded tile, None where the file holds none; decodes outside the lock."""
+        index = place[0] * page.grid[1] + place[1]
+        if page.offsets[index] <= 0 or page.counts[index] <= 0:
+            return None
+        key = (level, index)
+        pixels = self._cache.get(key)
+        if pixels is None:
+            pixels = self._decode(page, level, place, index)
+            self._cache.put(key, pixels)
+        return pixels
+
+    def _decode(self, page: TiledPage, level: int, place: tuple[int, int], index: int) -> NDArray[Any]:
+        """Read and decode a tile, a second time if the first one fails; raises SourceError (WSI111)."""
+        for attempt in range(2):
+            data = self._bytes(page, index)
+            try:
+                return _decoded(page, data, index)
+            except Exception as error:  # imagecodecs has an exception type per codec
+                if attempt:
+                    text = f"{self.name}: level {level} tile ({place[0]},{place[1]}): {error}"
+                    raise SourceError("WSI111", text) from error
+        raise AssertionError("unreachable")
+
+    def _bytes(self, page: TiledPage, index: int) -> bytes:
+        """Return the stored bytes of a tile; reopens the file where the system fails (WSI150)."""
+        offset, count = int(page.offsets[index]), int(page.counts[index])
+        for attempt in range(3):
+            file = self._file
+            if file is None:
+                raise closed(self.name)
+            try:
+                return os.pread(file, count, offset)
+            except OSError as error:
+                if attempt == 2:
+                    text = f"{self.name}: {error.strerror or error} at byte {offset:,}, 3 tries"
+                    raise SourceError("WSI150", text) from error
+        raise AssertionError("unreachable")
+
+    def identity(self) -> dict[str, Any]:
+        """Return name, size and a sampled sha256 of the file."""
+        return file_identity(self.name, [self._path])
+
+    def close(self) -> None:
+        """Close the file and forget decoded tiles."""
+        file, self._file = self._file, None
+        self._cache.clear()
+        if file is not None:
+            os.close(file)
+
+
+class _TileCache:
+    """Decoded tiles, the least recently used dropped beyond a number of bytes; safe in threads."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._used = limit, 0
+        self._lock = threading.Lock()
+        self._tiles: OrderedDict[tuple[int, int], NDArray[Any]] = OrderedDict()
+
+    def get(self, key: tuple[int, int]) -> NDArray[Any] | None:
+        with self._lock:
+            pixels = self._tiles.get(key)
+            if pixels is not None:
+                self._tiles.move_to_end(key)
+            return pixels
+
+    def put(self, key: tuple[int, int], pixels: NDArray[Any]) -> None:
+        with self._lock:
+            if key not in self._tiles:
+                self._tiles[key] = pixels
+                self._used += pixels.nbytes
+            while self._used > self._limit:
+                self._used -= self._tiles.popitem(last=False)[1].nbytes
+
+    def clear(self) -> None:
+        with self._lock:
+            self._tiles.clear()
+            self._used = 0
+
+
+def _decoded(page: TiledPage, data: bytes, index: int) -> NDArray[Any]:
+    """Return one tile (h, w, samples) as the codec gives it; tiles at the border may be smaller."""
+    segment, _, _ = page.page.decode(data, index, jpegtables=page.jpeg_tables)
+    return np.asarray(segment[0])
+
+
+def _leave_to_openslide(path: str, name: str) -> None:
+    """Raise SourceError (WSI101) for vendors whose tiles overlap or hide: OpenSlide knows their rules."""
+    import openslide
+
+    vendor = openslide.OpenSlide.detect_format(path) or ""
+    if vendor not in _DIRECT_VENDORS:
+        raise SourceError("WSI101", f"{name}: {vendor} is left to OpenSlide")
+
+
+def _check_kind(first: Any, file: Any, name: str) -> None:
+    """Raise SourceError unless the first page is tiled and grey or RGB, and there is one plane only."""
+    if not first.is_tiled:
+        raise SourceError("WSI101", f"{name}: its first page has no tiles")
+    photometric, samples = int(first.photometric), int(first.samplesperpixel)
+    colour = (photometric in (2, 6) and samples in (3, 4)) or (photometric == 1 and samples in (1, 2))
+    if not colour or int(first.planarconfig) != 1 or first.dtype is None or first.dtype.kind not in "uf":
+        text = f"{samples} samples of {first.dtype}, photometric {photometric}, planar {int(first.planarconfig)}"
+        raise SourceError("WSI101", f"{name}: {text}: not interleaved grey or RGB")
+    planes = [p for p in file.pages if p.is_tiled and p.shape == first.shape]
+    if len(planes) > 1:
+        raise SourceError("WSI130", f"{name}: {len(planes)} planes of equal size, a stack or channels; extract one")
+
+
+def read_plain_tiff(path: str, name: str) -> tuple[NDArray[Any], list[Spacing], Sequence[str]]:
+    """Return the first page of a TIFF whole, its stated pixel size, and where that was looked for."""
+    import tifffile
+
+    from wsitk.sources.image import check_whole
+
+    try:
+        with tifffile.TiffFile(path) as file:
+            first = file.pages.first
+            check_whole(name, int(first.size) * first.dtype.itemsize)
+            stated = stated_spacings(first, False, file.ome_metadata if file.is_ome else None)
+            return np.asarray(first.asarray()), stated, LOOKED_AT
+    except SourceError:
+        raise
+    except Exception as error:  # a damaged header gives any of twenty types
+        raise SourceError("WSI101", f"{name}: TIFF: {type(error).__name__}: {error}") from error

@@ -1,0 +1,142 @@
+"""What a TIFF states, judged before anything is decoded: which pages are levels, and whether they can be."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsitk.errors import SourceError
+from wsitk.geometry import Spacing
+from wsitk.sources.files import MAX_TILE_BYTES, check_pixels
+from wsitk.sources.spacing import parse_number
+
+__all__ = ["LOOKED_AT", "TiledPage", "check_segments", "page_of", "pages_of_pyramid", "stated_spacings"]
+
+LOOKED_AT = ("aperio.MPP", "OME PhysicalSizeX", "tiff.XResolution")
+
+_CODECS = {1, 5, 7, 8, 32773, 32946, 33003, 33004, 33005, 34712, 34925, 50000, 50001, 50002, 34926, 34927}
+_OME_UNIT_UM = {"µm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "pm": 1e-6, "in": 25_400.0}
+_RESOLUTION_UNIT_UM = {2: 25_400.0, 3: 10_000.0}
+
+
+@dataclass(frozen=True)
+class TiledPage:
+    """One tiled page: shape in pixels, tile shape, and where each tile lies in the file (C order)."""
+
+    page: Any
+    shape: tuple[int, int]
+    tile: tuple[int, int]
+    grid: tuple[int, int]
+    offsets: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    jpeg_tables: bytes | None
+
+
+def page_of(page: Any, name: str) -> TiledPage:
+    """Return what a tifffile page states; raises SourceError for what cannot or must not be decoded.
+
+    WSI131 for a compression without a decoder, WSI140 and WSI141 for sizes beyond the limits, WSI101 for
+    the rest.
+    """
+    shape = (int(page.imagelength), int(page.imagewidth))
+    check_pixels(name, shape)
+    if int(page.compression) not in _CODECS:
+        raise SourceError("WSI101", f"{name}: TIFF compression {int(page.compression)} has no decoder here")
+    tile = (int(page.tilelength), int(page.tilewidth))
+    if min(tile) < 1 or int(page.tiledepth) != 1:
+        raise SourceError("WSI101", f"{name}: tiles of {tile} pixels; the file is damaged")
+    nbytes = math.prod(tile) * int(page.samplesperpixel) * page.dtype.itemsize
+    if nbytes > MAX_TILE_BYTES:
+        raise SourceError("WSI141", f"{name}: a tile decodes to {nbytes} bytes, the limit is {MAX_TILE_BYTES}")
+    grid = (-(-shape[0] // tile[0]), -(-shape[1] // tile[1]))
+    offsets, counts = (np.asarray(v, np.int64) for v in (page.dataoffsets, page.databytecounts))
+    if len(offsets) != math.prod(grid) or len(counts) != len(offsets):
+        raise SourceError("WSI101", f"{name}: lists {len(offsets)} tiles where {math.prod(grid)} belong")
+    return TiledPage(page, shape, tile, grid, offsets, counts, page.jpegtables)
+
+
+def check_segments(page: TiledPage, level: int, size: int, name: str) -> None:
+    """Raise SourceError (WSI102) if a tile lies beyond the end of the file of `size` bytes."""
+    ends = np.where(page.counts > 0, page.offsets + page.counts, 0)
+    worst = int(ends.argmax())
+    if ends[worst] > size:
+        row, column = divmod(worst, page.grid[1])
+        raise SourceError(
+            "WSI102",
+            f"{name}: the file ends at {size:,} bytes but tile ({row},{column}) of level {level} needs "
+            f"{int(ends[worst]):,}; copy it again",
+        )
+
+
+def pages_of_pyramid(pages: Sequence[Any], aperio: bool) -> list[Any]:
+    """Return full resolution first, then the pages that may be its reductions.
+
+    SubIFDs of the first page (OME) go before later pages. Of these, tiled ones count that are marked as
+    reduced or that an Aperio file holds; a later page as large as the first is another plane, not a level.
+    """
+    first = pages[0]
+    if first.subifds:
+        return [first, *(p for p in first.pages if p.is_tiled)]
+    found = [first]
+    for page in pages[1:]:
+        # Bit 0 of NewSubfileType means reduced, bit 2 a mask. Aperio's label and macro are never tiled.
+        reduced = bool(int(page.subfiletype) & 1) or aperio or page.imagewidth < first.imagewidth
+        if page.is_tiled and reduced and not int(page.subfiletype) & 4 and page.dtype == first.dtype:
+            found.append(page)
+    return found
+
+
+def stated_spacings(page: Any, aperio: bool, ome_xml: str | None) -> list[Spacing]:
+    """Return what the file states of its pixel size, the most trusted field first."""
+    found: list[Spacing] = []
+    description = str(page.description or "")
+    if aperio:
+        match = re.search(r"\|\s*MPP\s*=\s*([^|]*)", description)
+        if match:
+            value = parse_number(match.group(1))
+            found.append(Spacing((value, value), "aperio.MPP"))
+    if ome_xml:
+        found += _ome_spacing(ome_xml)
+    return found + _resolution_tag(page)
+
+
+def _ome_spacing(xml: str) -> list[Spacing]:
+    """Return PhysicalSizeY and X of the first image of an OME document, in micrometres."""
+    if "<!DOCTYPE" in xml or "<!ENTITY" in xml:  # nobody writes them; entities can explode
+        return []
+    try:
+        root = ElementTree.fromstring(xml)
+    except ElementTree.ParseError:
+        return []
+    pixels = next((e for e in root.iter() if e.tag.rpartition("}")[2] == "Pixels"), None)
+    if pixels is None or not {"PhysicalSizeX", "PhysicalSizeY"} & set(pixels.attrib):
+        return []
+    size = {a: pixels.get(f"PhysicalSize{a}") for a in "XY"}
+    values = []
+    for axis, other in (("Y", "X"), ("X", "Y")):
+        unit = pixels.get(f"PhysicalSize{axis}Unit", "µm").replace("\u03bc", "µ")
+        text = size[axis] if size[axis] is not None else size[other]
+        values.append(parse_number(text) * _OME_UNIT_UM.get(unit, math.nan))
+    return [Spacing(tuple(values), "OME PhysicalSizeX")]
+
+
+def _resolution_tag(page: Any) -> list[Spacing]:
+    """Return the pixel size of XResolution and YResolution; a zero or no unit states nothing."""
+    tags = page.tags
+    unit = _RESOLUTION_UNIT_UM.get(int(tags.valueof(296, default=2) or 0))
+    if unit is None or 282 not in tags or 283 not in tags:
+        return []
+    values = []
+    for code in (283, 282):
+        number, denominator = tags.valueof(code)
+        if not number or not denominator:
+            return []
+        values.append(unit * denominator / number)
+    return [Spacing(tuple(values), "tiff.XResolution")]

@@ -1,0 +1,159 @@
+"""Where the tissue is: a coarse mask that decides which tiles are worth reading."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsitk.errors import UsageError
+from wsitk.geometry import Region
+from wsitk.sources.base import Source
+from wsitk.sources.working import WorkingImage
+
+__all__ = ["TissueMask", "everywhere", "find_tissue", "from_geojson", "thumbnail"]
+
+TARGET_UM = 8.0
+"""Pixel size of the mask: a nucleus is a pixel, a glass fragment is many."""
+
+SMALLEST_UM2 = 2_000.0
+"""Specks below this area are dirt; a needle-biopsy fragment is ten times larger."""
+
+MARGIN_UM = 32.0
+"""The mask grows by this much, so that pale edges of tissue are not lost."""
+
+THRESHOLD_RANGE = (0.03, 0.10)
+"""Optical density above clear glass: Otsu's choice is held within it. A slide without glass would
+otherwise be split through its tissue, and one without tissue through its noise."""
+
+
+@dataclass(frozen=True)
+class TissueMask:
+    """A coarse boolean image over level 0.
+
+    `scale` is the number of level-0 pixels per mask pixel along each axis; `threshold` the optical
+    density above glass that was used, None where a person drew the mask.
+    """
+
+    mask: NDArray[np.bool_]
+    scale: tuple[float, ...]
+    threshold: float | None = None
+
+    def touches(self, region: Region) -> bool:
+        """Tell whether any tissue lies in `region` (level-0 pixels)."""
+        return bool(self.mask[self._window(region)].any())
+
+    def area_um2(self, spacing_um: tuple[float, ...]) -> float:
+        """Return the masked area (2-D; the product of all axes in general)."""
+        pixel = float(np.prod(np.multiply(self.scale, spacing_um)))
+        return float(self.mask.sum()) * pixel
+
+    def both(self, other: TissueMask) -> TissueMask:
+        """Return the intersection with a mask of the same shape."""
+        return TissueMask(self.mask & other.mask, self.scale, self.threshold)
+
+    def _window(self, region: Region) -> tuple[slice, ...]:
+        spans = zip(region.start, region.stop, self.scale, self.mask.shape, strict=True)
+        return tuple(slice(max(0, int(a / s)), max(0, min(n, int(np.ceil(b / s))))) for a, b, s, n in spans)
+
+
+def thumbnail(source: Source) -> tuple[NDArray[np.uint8], tuple[float, ...]]:
+    """Return the whole image at about 8 µm per pixel (2-D, H W C), and the level-0 pixels per pixel.
+
+    Read in strips, so memory holds the thumbnail and one strip. Without a known spacing the longest side
+    comes out between 1,000 and 2,000 pixels.
+    """
+    if source.spacing is not None:
+        target = tuple(max(TARGET_UM, um) for um in source.spacing.um)
+        image = WorkingImage(source, target, tolerance=0.2)
+        return np.concatenate([image.read(r).pixels for r in _strips(image.shape, 256)]), image.scale
+    fit = [i for i, level in enumerate(source.levels) if max(level.shape) >= 1000] or [0]
+    level = source.levels[fit[-1]]
+    step = max(1, max(level.shape) // 1000)
+    rows = [_shrink(source.read(r, fit[-1]), step) for r in _strips(level.shape, 256 * step)]
+    return np.concatenate(rows), tuple(d * step for d in level.downsample)
+
+
+def _strips(shape: tuple[int, ...], rows: int) -> Iterator[Region]:
+    for y in range(0, shape[0], rows):
+        yield Region((y, 0), (min(rows, shape[0] - y), shape[1]))
+
+
+def _shrink(pixels: NDArray[np.uint8], step: int) -> NDArray[np.uint8]:
+    import cv2
+
+    size = (-(-pixels.shape[1] // step), -(-pixels.shape[0] // step))
+    return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def find_tissue(pixels: NDArray[np.uint8], scale: tuple[float, ...], um: float | None) -> TissueMask:
+    """Return the tissue in a brightfield thumbnail (H, W, 3), whose pixels measure `um` micrometres.
+
+    Glass is the brightest common colour; tissue absorbs more, in any channel. Otsu (1979) on the optical
+    density over glass finds the threshold, within `THRESHOLD_RANGE`.
+    """
+    import cv2
+
+    smooth = cv2.GaussianBlur(pixels, (0, 0), 1.0).astype(np.float32)
+    glass = np.maximum(np.percentile(smooth.reshape(-1, 3), 95, axis=0), 200.0)
+    density = np.log10(np.maximum(glass, 1.0) / np.maximum(smooth, 1.0)).clip(0).max(axis=-1)
+    scaled = (density.clip(0, 0.5) * 510).astype(np.uint8)
+    otsu = cv2.threshold(scaled, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)[0] / 510
+    threshold = float(np.clip(otsu, *THRESHOLD_RANGE))
+    pixel_um = um or TARGET_UM
+    mask = _drop_specks(density > threshold, SMALLEST_UM2 / pixel_um**2)
+    radius = max(1, round(MARGIN_UM / pixel_um))
+    disk = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1,) * 2)
+    grown = cv2.dilate(mask.astype(np.uint8), disk).astype(bool)
+    return TissueMask(grown, scale, threshold)
+
+
+def _drop_specks(mask: NDArray[np.bool_], smallest: float) -> NDArray[np.bool_]:
+    import cv2
+
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    keep = stats[:, cv2.CC_STAT_AREA] >= smallest
+    keep[0] = False
+    return np.asarray(keep[labels], bool)
+
+
+def everywhere(shape: tuple[int, ...], scale: tuple[float, ...]) -> TissueMask:
+    """Return a mask that leaves nothing out."""
+    return TissueMask(np.ones(shape, bool), scale)
+
+
+def from_geojson(path: str, shape: tuple[int, ...], scale: tuple[float, ...]) -> TissueMask:
+    """Return the regions drawn in a GeoJSON file (level-0 pixels, x right, y down) as a mask.
+
+    Raises UsageError (WSI020) if the file holds no polygon.
+    """
+    import cv2
+
+    mask = np.zeros(shape, np.uint8)
+    rings = 0
+    for polygon in _polygons(json.loads(Path(path).read_text("utf-8"))):
+        points = [np.round(np.asarray(r, float)[:, :2] / scale[::-1]).astype(np.int32) for r in polygon]
+        cv2.fillPoly(mask, points, 1)
+        rings += len(points)
+    if not rings:
+        raise UsageError(
+            "WSI020", f"{path} holds no Polygon or MultiPolygon; draw regions and export them as GeoJSON"
+        )
+    return TissueMask(mask.astype(bool), scale)
+
+
+def _polygons(node: object) -> list[list[list[list[float]]]]:
+    """Return the coordinates of every polygon in a parsed GeoJSON value, however deep it lies."""
+    if isinstance(node, list):
+        return [p for item in node for p in _polygons(item)]
+    if not isinstance(node, dict):
+        return []
+    if node.get("type") == "Polygon":
+        return [node["coordinates"]]
+    if node.get("type") == "MultiPolygon":
+        return list(node["coordinates"])
+    return [p for k in ("features", "geometry", "geometries") for p in _polygons(node.get(k))]
