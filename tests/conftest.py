@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples everywhere, and no deadline: machines are shared.
+settings.register_profile("wsitk", deadline=None, derandomize=True)
+settings.load_profile("wsitk")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

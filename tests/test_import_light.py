@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
-HEAVY = {"torch", "torchvision", "timm", "zarr", "dask", "numba", "geopandas", "pandas", "pyarrow", "cv2", "scipy",
-         "skimage", "openslide", "tifffile", "imagecodecs", "shapely"}  # fmt: skip
+HEAVY = {
+    *("torch", "torchvision", "timm", "zarr", "dask", "numba", "geopandas", "pandas", "pyarrow", "cv2"),
+    *("scipy", "skimage", "openslide", "tifffile", "imagecodecs", "shapely"),
+}
 
 HELP = """
 import json, sys
@@ -25,7 +27,9 @@ sys.stderr.write(json.dumps(sorted(sys.modules)))
 
 def modules(code: str, *arguments: str) -> set[str]:
     """Return the top-level modules a fresh interpreter has imported after running `code`."""
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return {name.partition(".")[0] for name in json.loads(done.stderr)}
 
@@ -37,7 +41,9 @@ def test_import_wsitk() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["--version"], ["run", "--help"], ["demo", "--help"], ["models", "list", "--help"]], ids=" ".join
+    "words",
+    [["--help"], ["--version"], ["run", "--help"], ["demo", "--help"], ["models", "list", "--help"]],
+    ids=" ".join,
 )
 def test_help(words: list[str]) -> None:
     found = modules(HELP, json.dumps(words))

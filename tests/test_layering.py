@@ -68,7 +68,9 @@ def text_constants(file: Path) -> Iterator[tuple[int, str]]:
     """Yield (line, text) for each string that is not a docstring."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     prose = {
-        id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     }
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:

@@ -30,15 +30,12 @@ from wsitk.stitch.objects import merge_objects
 from wsitk.tissue import thumbnail
 from wsitk.writers.geojson import write_geojson
 from wsitk.writers.ids import id_namespace, object_ids
-from wsitk.writers.ledger import write_ledger
+from wsitk.writers.ledger import TILE_STATUSES, write_ledger
 from wsitk.writers.ome_zarr import MapChannel, write_maps
 from wsitk.writers.parquet import ObjectRows, ObjectWriter
 from wsitk.writers.preview import draw_preview
 
-__all__ = ["STATUSES", "finish"]
-
-STATUSES = ("ok", "background", "absent", "unreadable", "model_failed", "not_done")
-
+__all__ = ["finish"]
 
 @dataclass
 class Ledger:
@@ -51,11 +48,11 @@ class Ledger:
     @classmethod
     def read(cls, plan: Plan, committed: Mapping[int, Mapping[str, Any]]) -> Ledger:
         """Collect what the commit records say; a tile without a record was left out as background."""
-        status = np.where(plan.active, STATUSES.index("not_done"), STATUSES.index("background"))
+        status = np.where(plan.active, TILE_STATUSES.index("not_done"), TILE_STATUSES.index("background"))
         ledger = cls(status.astype(np.uint8))
         for record in committed.values():
             for tile, name, reason in record["tiles"]:
-                ledger.status[tile] = STATUSES.index(name)
+                ledger.status[tile] = TILE_STATUSES.index(name)
                 if reason:
                     ledger.reasons[tile] = reason
         means = [r["foreground"] for r in committed.values()]
@@ -64,12 +61,12 @@ class Ledger:
 
     def counts(self) -> dict[str, int]:
         """Return the number of tiles by status."""
-        each = np.bincount(self.status, minlength=len(STATUSES)).tolist()
-        return dict(zip(STATUSES, each, strict=True))
+        each = np.bincount(self.status, minlength=len(TILE_STATUSES)).tolist()
+        return dict(zip(TILE_STATUSES, each, strict=True))
 
     def regions(self, plan: Plan, *names: str) -> list[Region]:
         """Return the owned regions (working pixels) of the tiles with one of these statuses."""
-        wanted = [STATUSES.index(n) for n in names]
+        wanted = [TILE_STATUSES.index(n) for n in names]
         return [plan.grid[int(i)].owned for i in np.flatnonzero(np.isin(self.status, wanted))]
 
 
@@ -92,9 +89,8 @@ def finish(
         folder / "tiles.parquet",
         plan.grid,
         ledger.status,
-        STATUSES,
-        ledger.reasons,
-        plan.level0,
+        plan.scale,
+        reasons=ledger.reasons,
         overwrite=True,
     )
     if settings.preview and spec.ndim == 2:
@@ -160,7 +156,7 @@ def _write_objects(
     counts = np.zeros(len(spec.classes), np.int64)
     columns = (*SHAPE_COLUMNS, *spec.object_columns)
     bad = ledger.regions(plan, "unreadable", "model_failed")
-    namespace = id_namespace(plan.identity["sha256"], spec.name, f"{spec.version} {spec.weights_sha256}")
+    namespace = id_namespace(json.dumps(plan.identity, sort_keys=True), spec.name, f"{spec.version} {spec.weights_sha256}")
     load = _loader(journal, committed, "objects:", ObjectTable.from_arrays)
     with ObjectWriter(folder / "objects.parquet", spec.classes, columns, overwrite=True) as writer:
         for table in merge_objects(plan.grid, load):
@@ -289,7 +285,7 @@ def _draw(
     plan: Plan, spec: ModelSpec, folder: Path, source: Source, ledger: Ledger, counts: Mapping[str, int]
 ) -> None:
     pixels, scale = thumbnail(source)
-    tiles = [(plan.level0(plan.grid[i].owned), STATUSES[s]) for i, s in enumerate(ledger.status.tolist())]
+    tiles = [(plan.level0(plan.grid[i].owned), TILE_STATUSES[s]) for i, s in enumerate(ledger.status.tolist())]
     draw_preview(
         folder / "preview.png",
         pixels,

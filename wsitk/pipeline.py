@@ -19,8 +19,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
+from wsitk.contact_sheet import write_contact_sheet
 from wsitk.device import choose_device, fix_arithmetic
-from wsitk.errors import OutputError, SourceError, WsitkError
+from wsitk.errors import OutputError, SourceError, WorkError, WsitkError
 from wsitk.finish import finish
 from wsitk.journal import Journal
 from wsitk.model import ModelSpec, TileModel
@@ -135,6 +136,7 @@ class Runner:
                 future.result()
         rows = list(self.rows.values())
         write_summary(self._out / "summary.csv", rows)
+        write_contact_sheet(self._out, rows)
         write_run(
             self._out / "run.json",
             started=started,
@@ -192,7 +194,7 @@ class Runner:
         """Return the plan, or note the row of an input that cannot be run."""
         try:
             return action()
-        except (WsitkError, OSError, ValueError) as error:
+        except Exception as error:  # whatever it was, the other inputs go on
             self._fail(name, error)
             return None
 
@@ -219,7 +221,7 @@ class Runner:
                 groups=self._settings.batch,
                 open_image=self._image,
                 journal=lambda name: self._jobs[name].journal,
-                keep_open=frozenset(self._sources),
+                keep_open=frozenset(i.name for i in inputs if isinstance(i.source, Source)),
             )
             try:
                 for report in worker.run(itertools.chain(again, fresh)):
@@ -261,6 +263,7 @@ class Runner:
             self._fail(plan.name, error)
             return None
         if (folder / "provenance.json").is_file():
+            journal.forget_blocks()  # a kill may have come between the last file and this
             self._already_done(plan, folder)
             return None
         todo = [t for t in plan.tasks()]
@@ -306,7 +309,7 @@ class Runner:
             finally:
                 if job.plan.ref.path not in self._sources:
                     source.close()
-        except (WsitkError, OSError) as error:
+        except Exception as error:  # whatever it was, the other inputs go on
             _raise_if_disk(error, self._out)
             self._fail(name, error)
             return
@@ -343,7 +346,7 @@ class Runner:
         )
 
     def _fail(self, name: str, error: Exception) -> None:
-        known = error if isinstance(error, WsitkError) else SourceError("WSI190", f"{name}: {error}")
+        known = error if isinstance(error, WsitkError) else _named(name, error)
         message = " ".join(known.message.split())
         self.errors.append(known)
         self._end(InputRow(name, "failed", known.code, message, exit_code=known.exit_code))
@@ -375,6 +378,13 @@ def discard(folder: Path, key: Mapping[str, Any]) -> None:
             path.rmdir()
     record.unlink(missing_ok=True)
     shutil.rmtree(folder / ".wsitk")
+
+
+def _named(name: str, error: Exception) -> WsitkError:
+    """Return an error that wsitk does not know as one it does: a file's, or a bug's."""
+    if isinstance(error, OSError):
+        return SourceError("WSI190", f"{name}: {error}")
+    return WorkError("WSI412", f"{name}: {type(error).__name__}: {error}; please report this")
 
 
 def _raise_if_disk(error: BaseException | None, out: Path) -> None:

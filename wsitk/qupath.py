@@ -1,32 +1,33 @@
 """What QuPath's importer does with a GeoJSON file, without QuPath.
 
 The rules are those of QuPath 0.6 to 0.8 (`PathIO.readObjects`, `QuPathTypeAdapters`, `ROITypeAdapters`,
-`GsonTools`): an *error* costs the whole file, or an object; a *warning* is something read otherwise than
-the writer meant. The file is read feature by feature, so memory follows the largest feature.
+`GsonTools`): an *error* costs the whole file, an object, or what its writer meant by it; a *warning* does
+no harm today. The file is read feature by feature, so memory follows the largest feature, and 16 bytes an
+object to find ids used twice.
 """
 
 from __future__ import annotations
 
 import gzip
-import json
 import math
 import re
 import uuid
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import shapely
 
+from wsitk.errors import SourceError
+from wsitk.json_stream import JsonReader, features, open_text
+
 __all__ = ["Finding", "Report", "check_geojson"]
 
 _EXAMPLES = 5  # findings kept for each rule; all are counted
-_PIECE = 1 << 20
-_LARGEST = 1 << 28  # characters of one feature: beyond this the file is no list of objects
 _GRID = 0.01
 _BATCH = 2048
 _EXTENSIONS = (".json", ".geojson", ".json.gz", ".geojson.gz")
@@ -51,6 +52,7 @@ class Report:
 
     path: str
     features: int
+    errors: int
     objects: Mapping[str, int]
     counts: Mapping[str, int]
     findings: tuple[Finding, ...]
@@ -58,12 +60,13 @@ class Report:
     @property
     def ok(self) -> bool:
         """Tell whether QuPath imports every object as it is meant."""
-        return not any(f.severity == "error" for f in self.findings)
+        return not self.errors
 
     def lines(self) -> Iterator[str]:
         """Yield the report as a person reads it."""
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(self.objects.items())) or "no objects"
-        yield f"{self.path}: {'imports' if self.ok else 'DOES NOT IMPORT'}; {self.features} features ({kinds})"
+        verdict = "imports" if self.ok else "DOES NOT IMPORT as meant"
+        yield f"{self.path}: {verdict}; {self.features} features ({kinds})"
         for finding in self.findings:
             place = "file" if finding.feature is None else f"feature {finding.feature}"
             yield f"  {finding.severity} {finding.rule}, {place}: {finding.message}"
@@ -85,11 +88,11 @@ def check_geojson(path: str | Path) -> Report:
     if not file.name.lower().endswith(_EXTENSIONS):
         check.error("extension", None, f"QuPath reads {', '.join(_EXTENSIONS)} only; rename the file")
     try:
-        with _open(file) as stream:
-            for feature in _features(_Reader(stream), check):
+        with open_text(file) as stream:
+            for feature in features(JsonReader(stream)):
                 check.feature(feature)
-    except _SyntaxError as error:
-        check.error("json", None, str(error))
+    except SourceError as error:
+        check.error("json" if error.code == "WSI190" else "top-level", None, error.message)
     except RecursionError:
         check.error("json", None, "nested too deeply to be read")
     except UnicodeDecodeError as error:
@@ -99,138 +102,12 @@ def check_geojson(path: str | Path) -> Report:
     return check.report(file)
 
 
-def _open(file: Path) -> TextIO:
-    if file.name.lower().endswith(".gz"):
-        return gzip.open(file, "rt", encoding="utf-8")
-    return open(file, encoding="utf-8")
-
-
-class _SyntaxError(Exception):
-    """The text is not JSON."""
-
-
-class _Reader:
-    """Takes JSON values one by one from a stream, holding only the one it is at."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._decoder = json.JSONDecoder()
-        self._text = ""
-        self._at = 0
-        self._done = False
-
-    def _more(self) -> bool:
-        if self._done:
-            return False
-        piece = self._stream.read(max(_PIECE, len(self._text) - self._at))
-        self._text, self._at = self._text[self._at :] + piece, 0
-        self._done = not piece
-        return bool(piece)
-
-    def peek(self) -> str:
-        """Return the next character that is no white space; empty at the end."""
-        while True:
-            while self._at < len(self._text):
-                if self._text[self._at] not in " \t\r\n\ufeff":
-                    return self._text[self._at]
-                self._at += 1
-            if not self._more():
-                return ""
-
-    def take(self, wanted: str) -> str:
-        """Consume one character out of `wanted`."""
-        found = self.peek()
-        if not found or found not in wanted:
-            raise _SyntaxError(f"expected one of {wanted!r}, found {found or 'the end of the file'!r}")
-        self._at += 1
-        return found
-
-    def value(self) -> Any:
-        """Consume one whole value."""
-        self.peek()
-        while True:
-            try:
-                value, end = self._decoder.raw_decode(self._text, self._at)
-            except json.JSONDecodeError as error:
-                if len(self._text) - self._at < _LARGEST and self._more():
-                    continue
-                raise _SyntaxError(
-                    f"no JSON: {error.msg} near {self._text[error.pos : error.pos + 20]!r}"
-                ) from error
-            # a number at the end of the piece may go on in the next one
-            if end == len(self._text) and self._more():
-                continue
-            self._at = end
-            return value
-
-    def skip(self) -> Any:
-        """Consume a value and return it if it is plain text, else nothing."""
-        value = self.value()
-        return value if isinstance(value, str) else None
-
-
-def _features(reader: _Reader, check: _Check) -> Iterator[Any]:
-    """Yield the features of a file in any of the forms that QuPath takes."""
-    start = reader.peek()
-    if start == "[":
-        yield from _elements(reader)
-    elif start == "{":
-        yield from _members(reader, check)
-    else:
-        check.error(
-            "top-level", None, f"starts with {start!r}; wanted a FeatureCollection, a Feature or a list"
-        )
-        return
-    if reader.peek():
-        check.error("json", None, "there is more text after the end of the collection")
-
-
-def _elements(reader: _Reader) -> Iterator[Any]:
-    """Yield the elements of the array that begins here."""
-    reader.take("[")
-    if reader.peek() == "]":
-        reader.take("]")
-        return
-    while True:
-        yield reader.value()
-        if reader.take(",]") == "]":
-            return
-
-
-def _members(reader: _Reader, check: _Check) -> Iterator[Any]:
-    """Yield the features of the object that begins here: its `features`, or itself."""
-    whole: dict[str, Any] = {}
-    streamed = False
-    reader.take("{")
-    if reader.peek() == "}":
-        reader.take("}")
-    else:
-        while True:
-            key = reader.skip()
-            reader.take(":")
-            if key == "features" and reader.peek() == "[":
-                streamed = True
-                yield from _elements(reader)
-            else:
-                whole[str(key)] = reader.value()
-            if reader.take(",}") == "}":
-                break
-    kind = whole.get("type")
-    if streamed and kind != "FeatureCollection":
-        check.error(
-            "top-level", None, f"type is {kind!r}, wanted 'FeatureCollection': QuPath ignores the file"
-        )
-    elif not streamed and kind == "FeatureCollection":
-        check.error("top-level", None, "a FeatureCollection without a list of features")
-    elif not streamed:
-        yield whole
-
-
 @dataclass
 class _Check:
     """Collects findings; outlines wait until there are enough of them for one call to GEOS."""
 
     features: int = 0
+    errors: int = 0
     objects: Counter[str] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
     findings: list[Finding] = field(default_factory=list)
@@ -246,6 +123,7 @@ class _Check:
 
     def _add(self, rule: str, severity: str, feature: int | None, message: str) -> None:
         self.counts[rule] += 1
+        self.errors += severity == "error"
         if self.counts[rule] <= _EXAMPLES:
             self.findings.append(Finding(rule, severity, feature, message))
 
@@ -262,7 +140,14 @@ class _Check:
                 )
         if not self.features and not self.findings:
             self.warning("empty", None, "no features")
-        return Report(str(file), self.features, dict(self.objects), dict(self.counts), tuple(self.findings))
+        return Report(
+            str(file),
+            self.features,
+            self.errors,
+            dict(self.objects),
+            dict(self.counts),
+            tuple(self.findings),
+        )
 
     def feature(self, value: Any) -> None:
         """Check one element of the collection."""
@@ -396,77 +281,87 @@ class _Check:
                 "geometry-type", row, f"geometry {kind!r}, wanted one of {', '.join(sorted(_GEOMETRIES))}"
             )
             return
-        coordinates = value.get("coordinates")
-        problem = _shape_problem(str(kind), coordinates)
+        rings, problem = _positions(str(kind), value.get("coordinates"))
         if problem:
             self.error(problem[0], row, problem[1])
-            return
-        if kind in ("Polygon", "MultiPolygon"):
-            self._outlines.append((row, _polygon(coordinates if kind == "MultiPolygon" else [coordinates])))
+        elif kind in ("Polygon", "MultiPolygon"):
+            self._outlines.append((row, rings))
             if len(self._outlines) >= _BATCH:
                 self._reduce()
 
     def _reduce(self) -> None:
         """Do QuPath's reduction to 0.01 px: one outline that fails costs the whole import."""
-        for row, outline in self._outlines:
-            try:
-                reduced = shapely.set_precision(outline, _GRID)
-            except shapely.errors.GEOSException as error:
-                self.error("precision", row, f"'Reduction failed, possible invalid input' ({error})")
-                continue
-            if reduced.is_empty or reduced.area == 0:
-                self.error("precision", row, "nothing is left of it on QuPath's grid of 0.01 px")
-            elif not shapely.is_valid(outline):
-                self.warning("validity", row, shapely.is_valid_reason(outline))
+        rows = [row for row, _ in self._outlines]
+        outlines = np.array([_polygon(rings) for _, rings in self._outlines], dtype=object)
         self._outlines.clear()
-
-
-def _shape_problem(kind: str, coordinates: Any) -> tuple[str, str] | None:
-    """Return the rule and message of the first thing wrong with nested coordinates, or None."""
-    depth = {
-        "Point": 0,
-        "MultiPoint": 1,
-        "LineString": 1,
-        "MultiLineString": 2,
-        "Polygon": 2,
-        "MultiPolygon": 3,
-    }
-    level: list[Any] = [coordinates]
-    for _ in range(depth[kind]):
-        if not all(isinstance(v, list) for v in level):
-            return "coordinates", f"coordinates of a {kind} are not nested deeply enough"
-        rings, level = level, [v for part in level for v in part]
-    for point in level:
-        numbers = isinstance(point, list) and len(point) >= 2
-        if not numbers or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in point):
-            return "coordinates", f"{str(point)[:60]} is no position"
-        if not all(map(math.isfinite, point)):
-            return "coordinate-nan", f"position {point} is not finite: QuPath refuses the whole file"
-    if depth[kind] < 2 or kind == "MultiLineString":
-        return None
-    return _ring_problem(rings)
-
-
-def _ring_problem(rings: Iterable[list[Any]]) -> tuple[str, str] | None:
-    empty = True
-    for ring in rings:
-        empty = False
-        if len(ring) < 4:
-            return (
-                "ring-length",
-                f"a ring of {len(ring)} positions, wanted 4 or more: the whole file is refused",
+        try:
+            reduced = shapely.set_precision(outlines, _GRID)
+        except shapely.errors.GEOSException:
+            reduced = np.array(
+                [self._reduced(*pair) for pair in zip(rows, outlines, strict=True)], dtype=object
             )
-        if ring[0][:2] != ring[-1][:2]:
-            return "ring-closure", f"a ring from {ring[0]} to {ring[-1]} is open: the whole file is refused"
-    return ("ring-length", "no rings at all") if empty else None
+        for at in np.flatnonzero(~(shapely.area(reduced) > 0) & ~shapely.is_missing(reduced)):
+            self.error("precision", rows[at], "nothing is left of it on QuPath's grid of 0.01 px")
+        for at in np.flatnonzero(~shapely.is_valid(outlines) & (shapely.area(reduced) > 0)):
+            self.warning("validity", rows[at], shapely.is_valid_reason(outlines[at]))
+
+    def _reduced(self, row: int, outline: Any) -> Any:
+        """Return one outline reduced, or None after noting that it cannot be."""
+        try:
+            return shapely.set_precision(outline, _GRID)
+        except shapely.errors.GEOSException as error:
+            self.error("precision", row, f"'Reduction failed, possible invalid input' ({error})")
+            return None
 
 
-def _polygon(parts: list[Any]) -> Any:
-    """Return the shapely form of multipolygon coordinates, in two dimensions."""
-    polygons = [shapely.Polygon(*_rings(part)) for part in parts]
-    return polygons[0] if len(polygons) == 1 else shapely.MultiPolygon(polygons)
+_Rings = list[list[Any]]  # parts of rings of (n, 2) positions
+_DEPTH = {"Point": 0, "MultiPoint": 1, "LineString": 1, "MultiLineString": 2, "Polygon": 2, "MultiPolygon": 3}
 
 
-def _rings(part: list[Any]) -> tuple[list[Any], list[Any]]:
-    flat = [[point[:2] for point in ring] for ring in part]
-    return flat[0], flat[1:]
+def _positions(kind: str, coordinates: Any) -> tuple[_Rings, tuple[str, str] | None]:
+    """Return coordinates as parts of rings, and the rule and message of the first thing wrong with them."""
+    nested = coordinates
+    for _ in range(3 - _DEPTH[kind]):
+        nested = [nested]
+    if not isinstance(nested, list) or not all(isinstance(part, list) for part in nested):
+        return [], ("coordinates", f"coordinates of a {kind} are not nested as they should be")
+    parts: _Rings = []
+    for part in nested:
+        parts.append([])
+        for ring in part:
+            positions, problem = _ring(ring, closed=kind.endswith("Polygon"))
+            if problem:
+                return [], problem
+            parts[-1].append(positions)
+    if kind.endswith("Polygon") and not (parts and all(parts)):
+        return [], ("ring-length", "no rings at all")
+    return parts, None
+
+
+def _ring(ring: Any, closed: bool) -> tuple[Any, tuple[str, str] | None]:
+    """Return one list of positions as (n, 2) numbers, and what is wrong with it."""
+    try:
+        positions = np.array(ring)
+    except ValueError:  # positions of different length
+        positions = np.array(0)
+    if positions.ndim != 2 or positions.shape[1] < 2 or positions.dtype.kind not in "if":
+        return None, ("coordinates", f"{str(ring)[:60]} are no positions")
+    if not np.isfinite(positions).all():
+        return None, ("coordinate-nan", "a position is not finite: QuPath refuses the whole file")
+    if closed and len(positions) < 4:
+        return None, (
+            "ring-length",
+            f"a ring of {len(ring)} positions, wanted 4 or more: the whole file is refused",
+        )
+    if closed and (positions[0, :2] != positions[-1, :2]).any():
+        return None, (
+            "ring-closure",
+            f"a ring from {ring[0]} to {ring[-1]} is open: the whole file is refused",
+        )
+    return positions[:, :2], None
+
+
+def _polygon(parts: _Rings) -> Any:
+    """Return the shapely form of parts of rings."""
+    polygons = [shapely.polygons(p[0], [shapely.linearrings(r) for r in p[1:]] or None) for p in parts]
+    return polygons[0] if len(polygons) == 1 else shapely.multipolygons(polygons)

@@ -125,7 +125,7 @@ class BlockWorker:
     """Runs one model over a stream of block tasks on one device.
 
     `open_image` turns a reference into the image on the model's working grid; `journal` gives the open
-    journal of an input. Sources named in `keep_open` belong to the caller and are not closed.
+    journal of an input. Inputs named in `keep_open` belong to the caller and are not closed.
     """
 
     def __init__(
@@ -186,9 +186,9 @@ class BlockWorker:
         return self._images[task.input]
 
     def _close(self, name: str) -> None:
-        source = self._images.pop(name).source
-        if source.ref is None or source.ref.path not in self._keep_open:
-            source.close()
+        image = self._images.pop(name)
+        if name not in self._keep_open:
+            image.source.close()
 
     def _read(self, request: _Request) -> _Read:
         began = time.perf_counter()

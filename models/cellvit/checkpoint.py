@@ -105,20 +105,21 @@ def object_classes(names: Mapping[int, str], count: int, first: int = 1) -> tupl
     """Return the classes `first` to ``count - 1``; one without a name is called 'class N'."""
     known = {c.name: c.color for c in PANNUKE}
     chosen = [(i, names.get(i, f"class {i}")) for i in range(first, count)]
-    return tuple(
-        ObjectClass(name, known.get(name, PALETTE[(i - first) % len(PALETTE)])) for i, name in chosen
-    )
+    return tuple(ObjectClass(n, known.get(n, PALETTE[(i - first) % len(PALETTE)])) for i, n in chosen)
 
 
 def _describe(file: TorchFile) -> CheckpointInfo:
     arch, config = file.content.get("arch"), file.content.get("config")
     if not isinstance(arch, str) or not isinstance(config, Mapping):
-        found = ", ".join(list(file.content)[:6])
+        found = ", ".join(map(repr, list(file.content)[:6]))
         raise ModelError(
             "WSI304", f"{file.path} names no arch and config (it holds: {found}); wanted a CellViT checkpoint"
         )
     settings = _Settings(file.path, config)
-    variant, network = _architecture(arch, settings)
+    try:
+        variant, network = _architecture(arch, settings)
+    except ValueError as error:
+        raise ModelError("WSI304", f"{file.path}: {error}; is it a CellViT checkpoint?") from error
     magnification = settings.integer("data.magnification", 0) or None
     return CheckpointInfo(
         path=file.path,
@@ -143,7 +144,7 @@ def _architecture(arch: str, settings: _Settings) -> tuple[str, CellViTConfig]:
         found = VARIANT_BY_ARCH.get((arch, backbone if isinstance(backbone, str) else None))
         if found is None:
             known = ", ".join(sorted({"CellViT", *(name for name, _ in VARIANT_BY_ARCH)}))
-            what = arch if arch != "CellViTSAM" else f"CellViTSAM with backbone {backbone!r}"
+            what = f"{arch[:80]!r}" + (f" with backbone {backbone!r}" if arch == "CellViTSAM" else "")
             raise ModelError(
                 "WSI304", f"{settings.path} is a {what}; wanted one of {known} (SAM-B, SAM-L or SAM-H)"
             )
@@ -158,11 +159,7 @@ def _architecture(arch: str, settings: _Settings) -> tuple[str, CellViTConfig]:
 
 def _generic(settings: _Settings) -> CellViTConfig:
     layers = settings.get("model.extract_layers")
-    if (
-        not isinstance(layers, list | tuple)
-        or len(layers) != 4
-        or not all(isinstance(n, int) for n in layers)
-    ):
+    if not isinstance(layers, list | tuple) or [type(n) for n in layers] != [int] * 4:
         raise settings.refusal("model.extract_layers", layers, "four block numbers")
     return CellViTConfig(
         family="dino",
@@ -181,10 +178,9 @@ def _classes(settings: _Settings, count: int) -> tuple[ObjectClass, ...]:
         return PANNUKE
     names: dict[int, str] = {}
     for name, channel in named.items():
-        if not isinstance(channel, int) or not 0 <= channel < count or channel in names:
-            raise settings.refusal(
-                f"dataset_config.nuclei_types.{name}", channel, f"a channel of 0 to {count - 1}"
-            )
+        if type(channel) is not int or not 0 <= channel < count or channel in names:
+            key = f"dataset_config.nuclei_types.{name}"
+            raise settings.refusal(key, channel, f"a channel of its own, 0 to {count - 1}")
         names[channel] = name
     return object_classes(names, count)
 
@@ -194,7 +190,7 @@ class _Settings:
 
     def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
         self.path = path
-        self._values = dict(_flatten(values))
+        self._values = {str(key): value for key, value in values.items()}
 
     def get(self, key: str, default: Any = None) -> Any:
         return self._values.get(key, default)
@@ -210,26 +206,11 @@ class _Settings:
 
     def triple(self, key: str, default: float) -> tuple[float, float, float]:
         value = self._values.get(key, (default,) * 3)
-        if (
-            not isinstance(value, list | tuple)
-            or len(value) != 3
-            or not all(isinstance(v, int | float) for v in value)
-        ):
+        numbers = isinstance(value, list | tuple) and all(isinstance(v, int | float) for v in value)
+        if not numbers or len(value) != 3:
             raise self.refusal(key, value, "three numbers")
         return float(value[0]), float(value[1]), float(value[2])
 
     def refusal(self, key: str, got: Any, wanted: str) -> ModelError:
-        return ModelError(
-            "WSI304", f"{self.path}: config {key} is {str(got)[:80]!r}, wanted {wanted}; is it a CellViT's?"
-        )
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Return (dotted key, value) pairs: upstream's files are flat already, users' own may be nested."""
-    pairs: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            pairs += _flatten(value, f"{prefix}{key}.")
-        else:
-            pairs.append((f"{prefix}{key}", value))
-    return pairs
+        what = f"config {key[:80]!r} is {str(got)[:80]!r}, wanted {wanted}"
+        return ModelError("WSI304", f"{self.path}: {what}; is it a CellViT checkpoint?")

@@ -59,9 +59,8 @@ class LinearClassifier(nn.Module):
     def classify(self, tokens: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the class probabilities (N, classes) of cell tokens (N, embed_dim); each row sums to 1."""
         with torch.inference_mode():
-            logits = self(
-                torch.from_numpy(np.ascontiguousarray(tokens, np.float32)).to(self.fc1.weight.device)
-            )
+            values = torch.from_numpy(np.ascontiguousarray(tokens, np.float32))
+            logits = self(values.to(self.fc1.weight.device))
             probabilities: NDArray[np.float32] = logits.float().softmax(dim=1).cpu().numpy()
         return probabilities
 
@@ -95,13 +94,13 @@ def load_classifier(path: str | Path, embed_dim: int | None = None) -> TokenClas
     file = read_torch_file(path)
     if file.content.get("arch") != "LinearClassifier":
         got = str(file.content.get("arch"))[:60]
-        raise ModelError("WSI304", f"{file.path} is a {got}; wanted a LinearClassifier of CellViT++")
+        raise ModelError("WSI304", f"{file.path} is a {got!r}; wanted a LinearClassifier of CellViT++")
     inside, hidden, count = _widths(file)
     if embed_dim not in (None, inside):
         raise ModelError(
             "WSI308",
-            f"{file.path} reads tokens of {inside} numbers, the network gives {embed_dim}; wanted a classifier "
-            "that was trained on this network",
+            f"{file.path} reads tokens of {inside} numbers, the network gives {embed_dim}; wanted a "
+            "classifier that was trained on this network",
         )
     with torch.device("meta"):
         network = LinearClassifier(inside, hidden, count)
@@ -127,7 +126,7 @@ def _widths(file: TorchFile) -> tuple[int, int, int]:
     first, last = (state.get(n) if isinstance(state, Mapping) else None for n in ("fc1.weight", "fc2.weight"))
     if not isinstance(first, Tensor) or not isinstance(last, Tensor) or first.ndim != 2 or last.ndim != 2:
         raise ModelError(
-            "WSI301", f"{file.path} has no matrices fc1.weight and fc2.weight; not a LinearClassifier's"
+            "WSI301", f"{file.path} has no matrices fc1.weight and fc2.weight; wanted a LinearClassifier"
         )
     widths = (first.shape[1], first.shape[0], last.shape[0])
     if not all(1 <= width <= WIDEST for width in widths):
@@ -142,9 +141,8 @@ def _label_map(path: Path, settings: Mapping[str, Any], count: int) -> dict[int,
             continue
         number = key.removeprefix(prefix)
         if not number.isdecimal() or int(number) >= count:
-            raise ModelError(
-                "WSI304", f"{path}: label {key} of {count} classes; wanted {prefix}0 to {count - 1}"
-            )
+            what = f"config {key[:80]!r} for {count} classes"
+            raise ModelError("WSI304", f"{path}: {what}; wanted {prefix}0 to {count - 1}")
         names[int(number)] = str(name)
     return names
 

@@ -123,7 +123,8 @@ class WindowBlock(nn.Module):
         tokens = tokens + attended.reshape(n, h, w, c)
         x = self.local_conv(tokens.permute(0, 3, 1, 2))
         tokens = x.permute(0, 2, 3, 1)
-        return (tokens + self.mlp(tokens)).permute(0, 3, 1, 2)
+        tokens = tokens + self.mlp(tokens)
+        return tokens.permute(0, 3, 1, 2)
 
 
 class Stage(nn.Module):
@@ -134,6 +135,11 @@ class Stage(nn.Module):
         blocks = [WindowBlock(width, heads) if heads else InvertedBottleneck(width) for _ in range(depth)]
         self.blocks = nn.Sequential(*blocks)
         self.downsample = nn.Identity() if merge is None else Merge(width, *merge)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What goes on to the next stage, and this stage's features."""
+        feature = self.blocks(x)
+        return self.downsample(feature), feature
 
 
 class TinyViTEncoder(nn.Module):
@@ -161,9 +167,8 @@ class TinyViTEncoder(nn.Module):
         half = F.gelu(self.stem1(x))
         x, features = self.stem2(half), [half]
         for stage in self.layers:
-            x = stage.blocks(x)
-            features.append(x)
-            x = stage.downsample(x)
+            x, feature = stage(x)
+            features.append(feature)
         return features
 
 

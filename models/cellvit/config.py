@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from wsitk.errors import ModelError
-
 __all__ = ["CellViTConfig", "VARIANTS"]
 
 WIDE = 512
@@ -36,6 +34,8 @@ class CellViTConfig:
         Whether the binary branch carries two more channels, given as `regression_map`.
     dropout
         Rate after each convolution of the decoder; without effect in evaluation.
+
+    Raises ValueError for numbers that no such network can have.
     """
 
     family: Literal["dino", "sam", "timm"]
@@ -66,16 +66,13 @@ class CellViTConfig:
         # The numbers may come from a file: bounds keep a crafted one from asking for terabytes.
         for name, (value, most) in limits.items():
             if not 1 <= value <= most:
-                raise _refusal(f"{name} is {value}, wanted 1 to {most}")
+                raise ValueError(f"{name} is {value}, wanted 1 to {most}")
         if self.embed_dim % self.num_heads:
-            raise _refusal(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
         layers = self.extract_layers
-        if (
-            len(layers) != 4
-            or sorted(set(layers)) != list(layers)
-            or not 1 <= layers[0] <= layers[-1] <= self.depth
-        ):
-            raise _refusal(f"extract_layers is {layers}, wanted four ascending blocks of 1 to {self.depth}")
+        ascending = all(a < b for a, b in zip((0, *layers), layers, strict=False))
+        if len(layers) != 4 or not ascending or layers[-1] > self.depth:
+            raise ValueError(f"extract_layers is {layers}, wanted four ascending blocks of 1 to {self.depth}")
 
     @property
     def skip_widths(self) -> tuple[int, int]:
@@ -97,12 +94,6 @@ class CellViTConfig:
         """Return the number of pixels of which a tile's sides must be multiples."""
         # Patches of 14 pixels ask for no multiple of their own: the network resizes such tiles itself.
         return 16
-
-
-def _refusal(what: str) -> ModelError:
-    return ModelError(
-        "WSI304", f"CellViT architecture: {what}; the file or the configuration is not a CellViT's"
-    )
 
 
 def _sam(embed_dim: int, depth: int, num_heads: int) -> CellViTConfig:

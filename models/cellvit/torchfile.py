@@ -60,15 +60,21 @@ def read_torch_file(path: str | Path) -> TorchFile:
 
 
 def _check_archive(path: Path) -> None:
+    """Refuse what is no whole, uncompressed archive: mapped tensors are not checked by torch itself."""
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise _unreadable(
-            path, f"{error}".rstrip("."), "wanted a file of torch.save, 1.6 or later; download it again"
-        ) from error
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise ModelError("WSI306", f"{path} is compressed inside, which torch.save never does; refused")
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ModelError(
+                    "WSI306", f"{path} is compressed inside; torch.save never does that; refused"
+                )
+            damaged = archive.testzip()
+    except ModelError:
+        raise
+    except Exception as error:  # damaged headers make zipfile raise a dozen kinds
+        then = "wanted a file of torch.save, 1.6 or later; download it again"
+        raise _unreadable(path, _first_line(error), then) from error
+    if damaged is not None:
+        raise _unreadable(path, f"its part {damaged!r} fails its checksum", "download it again")
 
 
 def _load(path: Path) -> Any:
@@ -84,8 +90,8 @@ def _load(path: Path) -> Any:
             # A damaged pickle can raise anything. What torch's unpickler calls unsupported is not damage.
             if match := re.search(r"Unsupported (?:global|class|operand)[^\n]*", str(error)):
                 raise _unsafe(path, match.group()) from error
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise _unreadable(path, reason[0][:200], "the file is damaged; download it again") from error
+            then = "the file is damaged; download it again"
+            raise _unreadable(path, _first_line(error), then) from error
 
 
 def _numpy_scalars() -> list[Any]:
@@ -120,7 +126,7 @@ def checked_state(file: TorchFile, wanted: Mapping[str, Tensor]) -> dict[str, Te
     for name, tensor in copies.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ModelError(
-                "WSI307", f"{file.path}: {name} has values that are not finite; take another checkpoint"
+                "WSI307", f"{file.path}: {name!r} has values that are not finite; take another checkpoint"
             )
     return copies
 
@@ -129,7 +135,7 @@ def _check_names(path: Path, state: Mapping[str, Any], wanted: Mapping[str, Tens
     missing, extra = [n for n in wanted if n not in state], [n for n in state if n not in wanted]
     if missing or extra:
         parts = [
-            f"{len(names)} {what} ({', '.join(map(str, names[:3]))}{', …' if len(names) > 3 else ''})"
+            f"{len(names)} {what} ({', '.join(map(repr, names[:3]))}{', …' if len(names) > 3 else ''})"
             for what, names in (("missing", missing), ("unknown", extra))
             if names
         ]
@@ -144,17 +150,17 @@ def _check_entry(path: Path, name: str, tensor: Any, wanted: Tensor) -> None:
     plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
     if not plain or tensor.is_floating_point() != wanted.is_floating_point() or tensor.is_complex():
         kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise ModelError("WSI307", f"{path}: {name} is {kind}, wanted a dense {wanted.dtype} tensor")
+        raise ModelError("WSI307", f"{path}: {name!r} is {kind}, wanted a dense {wanted.dtype} tensor")
     if tensor.shape != wanted.shape:
         raise ModelError(
             "WSI301",
-            f"{path} doesn't fit the network it names: {name} has shape {tuple(tensor.shape)}, "
+            f"{path} doesn't fit the network it names: {name!r} has shape {tuple(tensor.shape)}, "
             f"wanted {tuple(wanted.shape)}; was it trained with another variant or other classes?",
         )
     if tensor.nbytes > tensor.untyped_storage().nbytes():
         raise ModelError(
             "WSI306",
-            f"{path}: {name} claims {tensor.nbytes} bytes but stores {tensor.untyped_storage().nbytes()}; "
+            f"{path}: {name!r} claims {tensor.nbytes} bytes but stores {tensor.untyped_storage().nbytes()}; "
             "refused before copying",
         )
 
@@ -163,6 +169,11 @@ def _copy(tensor: Tensor) -> Tensor:
     """Return the tensor in memory of its own: the file may change or vanish after loading."""
     dtype = torch.float32 if tensor.is_floating_point() else torch.int64
     return tensor.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".")[:200] if lines else type(error).__name__
 
 
 def _unreadable(path: Path, got: str, then: str) -> ModelError:

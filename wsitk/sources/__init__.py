@@ -70,6 +70,8 @@ def open_source(
         error here: `spacing` is then None.
     """
     if isinstance(source, Source):
+        if not (mpp is None and name is None and axes is None and reader is None):
+            raise UsageError("WSI020", f"{source.name} is open already; give options when opening it")
         return source
     if isinstance(source, SourceRef):
         given = {k: v for k, v in {"mpp": mpp, "name": name, "reader": reader}.items() if v is not None}

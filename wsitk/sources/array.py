@@ -41,7 +41,9 @@ def _check_axes(axes: Sequence[str], ndim: int) -> tuple[str, ...]:
     names = tuple(axes)
     spatial = tuple(a for a in names if a != "c")
     if len(names) != ndim or len(set(names)) != ndim or spatial not in (_SPATIAL, _SPATIAL[1:]):
-        raise UsageError("WSI020", f"axes {''.join(names)!r} do not fit {ndim} dimensions; wanted yx or zyx, with c or not")
+        raise UsageError(
+            "WSI020", f"axes {''.join(names)!r} do not fit {ndim} dimensions; wanted yx or zyx, with c or not"
+        )
     return names
 
 
@@ -87,7 +89,9 @@ class ArraySource(Source):
         self.channel_names = tuple(channel_names) if channel_names else default_channels(count)
         if len(self.channel_names) != count:
             raise UsageError("WSI020", f"{len(self.channel_names)} channel names for {count} channels")
-        self.spacing, self.spacing_error = judge(self.name, explicit(spacing, len(shape)), ("spacing",), len(shape))
+        self.spacing, self.spacing_error = judge(
+            self.name, explicit(spacing, len(shape)), ("spacing",), len(shape)
+        )
         self.bounds = Region((0,) * len(shape), shape)
         self.ref = None
 

@@ -1,12 +1,255 @@
-"""From what a person types to the inputs of a run."""
+"""From what a person types to the inputs of a run: files, folders and patterns, each with a safe name.
+
+One input is one thing that a person would name: a DICOM series of many files is one, an MRXS slide and its
+folder are one.
+"""
 
 from __future__ import annotations
 
+import configparser
+import glob
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
-__all__ = ["companions"]
+from wsitk.errors import UsageError
+from wsitk.sources.dicom_header import SeriesFile, read_header
+
+__all__ = ["Discovery", "Input", "companions", "expand_inputs"]
+
+SLIDES = {".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide"}
+IMAGES = {".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2"}
+_UNSUPPORTED = {".czi": "CZI is not supported", ".zarr": "OME-Zarr is not supported"}
+_LONGEST = 200  # bytes of one component of a name, so that what is written beside it still fits
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """A file to open, and the name of its results: a relative path with ``/``, safe on disk."""
+
+    path: Path
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Discovery:
+    """The inputs in the order of their names, and how many files were left out for which reason."""
+
+    items: tuple[Input, ...]
+    skipped: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A file, and whether it was named by the person rather than met in a folder."""
+
+    path: str
+    named: bool
+
+
+def expand_inputs(inputs: Sequence[str | os.PathLike[str]]) -> Discovery:
+    """Return the slides and images behind files, folders (searched to the bottom) and glob patterns.
+
+    A file that was named is an input whatever it is; in folders and globs, what is no slide or image is
+    left out and counted. Names are paths below the inputs' common root, extension kept; a DICOM series is
+    called by its folder if that holds nothing else, by its first file otherwise. Raises UsageError (WSI023)
+    for a path that does not exist or a pattern that matches nothing.
+    """
+    skipped: Counter[str] = Counter()
+    found: list[_Found] = []
+    roots: list[str] = []
+    for given in inputs:
+        for path, named in _matches(os.fspath(given)):
+            roots.append(path if os.path.isdir(path) else os.path.dirname(path))
+            found += _walk(path, named, skipped, set())
+    if not roots:
+        raise UsageError("WSI023", "no inputs; name files, folders or patterns")
+    chosen = _without_parts(_once(found, skipped), skipped)
+    items = _named(chosen, os.path.commonpath(roots))
+    return Discovery(tuple(items), MappingProxyType(dict(sorted(skipped.items()))))
+
+
+def _matches(given: str) -> Iterator[tuple[str, bool]]:
+    """Yield absolute paths for one argument, and whether they were named rather than matched."""
+    if os.path.lexists(given):
+        yield os.path.abspath(given), True
+        return
+    matches = sorted(glob.glob(given, recursive=True)) if glob.has_magic(given) else []
+    if not matches:
+        raise UsageError("WSI023", f"no such file or folder: {given!r}; check the path")
+    for match in matches:
+        yield os.path.abspath(match), False
+
+
+def _walk(path: str, named: bool, skipped: Counter[str], above: set[tuple[int, int]]) -> Iterator[_Found]:
+    """Yield the files at or below `path` in sorted order; folders reached twice on one way are cut."""
+    if not os.path.isdir(path):
+        yield _Found(path, named)
+        return
+    state = os.stat(path)
+    key = (state.st_dev, state.st_ino)
+    if key in above:
+        skipped["a link that leads back to its own folder"] += 1
+        return
+    try:
+        entries = sorted(os.listdir(path))
+    except OSError as error:
+        skipped[f"a folder that cannot be read ({error.strerror})"] += 1
+        return
+    present = set(entries)
+    for entry in entries:
+        inner = os.path.join(path, entry)
+        if entry.startswith("."):  # also macOS's AppleDouble files, ._a.svs
+            skipped["hidden"] += 1
+        elif not os.path.isdir(inner):
+            yield _Found(inner, False)
+        elif os.path.splitext(entry)[1].lower() in _UNSUPPORTED:
+            skipped[_UNSUPPORTED[os.path.splitext(entry)[1].lower()]] += 1
+        elif f"{entry}.mrxs" not in present:
+            yield from _walk(inner, False, skipped, above | {key})
+
+
+def _once(found: Sequence[_Found], skipped: Counter[str]) -> list[_Found]:
+    """Return each file once, named ones first among equals; leave out what is no slide or image."""
+    kept: dict[str, _Found] = {}
+    for item in sorted(found, key=lambda f: (not f.named, f.path)):
+        real = os.path.realpath(item.path)
+        if real in kept:
+            if kept[real].path != item.path:
+                skipped["the same file under another name"] += 1
+            continue
+        reason = "" if item.named else _refusal(item.path)
+        if reason:
+            skipped[reason] += 1
+        else:
+            kept[real] = item
+    return sorted(kept.values(), key=lambda f: f.path)
+
+
+def _refusal(path: str) -> str:
+    """Return why a file met in a folder is left out; empty if it is taken."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in SLIDES | IMAGES:
+        return "" if os.path.exists(path) else "a link to nothing"
+    if suffix in _UNSUPPORTED:
+        return _UNSUPPORTED[suffix]
+    if suffix in (".dcm", "") and os.path.isfile(path):
+        header = _header(path)
+        if header is not None:
+            return "" if header.is_slide else "DICOM, but not a slide"
+    return f"not a slide or image ({suffix})" if suffix else "not a slide or image"
+
+
+def _header(path: str) -> SeriesFile | None:
+    """Return a file's DICOM header; None if it is no DICOM or cannot be read, which opening will tell."""
+    try:
+        return read_header(path)
+    except OSError:
+        return None
+
+
+def _without_parts(found: Sequence[_Found], skipped: Counter[str]) -> list[tuple[str, str]]:
+    """Return (path, folder of a whole series or empty); parts of other inputs are merged into them."""
+    parts = {
+        os.path.realpath(p)
+        for f in found
+        if f.path.lower().endswith((".vms", ".vmu"))
+        for p in companions(Path(f.path))[1:]
+    }
+    series: dict[tuple[str, str], list[str]] = {}
+    chosen: list[tuple[str, str]] = []
+    for item in found:
+        suffix = os.path.splitext(item.path)[1].lower()
+        header = _header(item.path) if suffix in (".dcm", "") else None
+        if os.path.realpath(item.path) in parts and not item.named:
+            skipped["part of another slide"] += 1
+        elif header is not None and header.is_slide:
+            series.setdefault((os.path.dirname(item.path), header.series), []).append(item.path)
+        else:
+            chosen.append((item.path, ""))
+    for (folder, _), files in series.items():
+        volumes = [f for f in files if (h := _header(f)) is not None and h.is_volume]
+        chosen.append(((volumes or files)[0], folder))
+        skipped["further files of a DICOM series"] += len(files) - 1
+    if not skipped["further files of a DICOM series"]:
+        del skipped["further files of a DICOM series"]
+    return chosen
+
+
+def _named(chosen: Sequence[tuple[str, str]], root: str) -> list[Input]:
+    """Return the inputs with their names below `root`, in the order of the names."""
+    inside = Counter(_ancestor for path, _ in chosen for _ancestor in _ancestors(path))
+    taken: dict[str, str] = {}
+    for path, folder in chosen:
+        whole = folder if folder and inside[folder] == 1 else path
+        relative = os.path.relpath(whole, root)
+        taken[path] = _safe(os.path.basename(root) if relative == os.curdir else relative)
+    return sorted((Input(Path(p), n) for p, n in taken.items()), key=lambda item: item.name)
+
+
+def _ancestors(path: str) -> Iterator[str]:
+    """Yield every folder above a file."""
+    while os.path.dirname(path) != path:
+        path = os.path.dirname(path)
+        yield path
+
+
+def _safe(relative: str) -> str:
+    """Return a relative path whose parts any file system takes, different for different paths.
+
+    Control characters, undecodable bytes, backslash and the percent sign itself become ``%XX``; a part
+    longer than 200 bytes is cut and ends in a hash of the whole.
+    """
+    parts = []
+    for part in relative.split(os.sep):
+        text = "".join(_escape(c) for c in part)
+        data = text.encode()
+        if len(data) > _LONGEST:
+            digest = hashlib.sha256(data).hexdigest()[:16]
+            stem, suffix = os.path.splitext(text)
+            keep = _LONGEST - len(suffix.encode()) - 17
+            text = stem.encode()[:keep].decode("utf-8", "ignore") + "~" + digest + suffix
+        parts.append("%2E%2E" if text == ".." else text)
+    return "/".join(parts)
+
+
+def _escape(character: str) -> str:
+    """Return a character, or ``%XX`` for each of its bytes."""
+    if character.isprintable() and character not in "%\\":
+        return character
+    return "".join(f"%{byte:02X}" for byte in os.fsencode(character))
 
 
 def companions(path: Path) -> list[Path]:
-    """Return every file that a slide consists of, itself included."""
-    return [path]
+    """Return every file that a slide consists of, itself first.
+
+    An MRXS slide has a folder of its name, a VMS or VMU file lists its parts, a DICOM series is every file
+    of the folder with the same series identifier.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".mrxs":
+        folder = path.with_suffix("")
+        return [path, *sorted(p for p in folder.rglob("*") if p.is_file())]
+    if suffix in (".vms", ".vmu"):
+        return [path, *_listed(path)]
+    header = _header(str(path)) if suffix in (".dcm", "") else None
+    if header is None or not header.is_slide:
+        return [path]
+    others = sorted(p for p in path.parent.iterdir() if p != path and p.is_file())
+    return [path, *(p for p in others if (h := _header(str(p))) is not None and h.series == header.series)]
+
+
+def _listed(path: Path) -> list[Path]:
+    """Return the existing files beside a VMS or VMU file that it names."""
+    parser = configparser.ConfigParser(interpolation=None, strict=False)
+    try:
+        parser.read(path, encoding="latin-1")
+    except configparser.Error:
+        return []
+    values = sorted({v for section in parser.sections() for v in parser[section].values()})
+    beside = (path.parent / v for v in values if v and "/" not in v and "\\" not in v)
+    return [p for p in beside if p.is_file()]

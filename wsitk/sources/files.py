@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsitk.errors import SourceError
-from wsitk.sources.base import Level
+from wsitk.sources.base import Level, Source, SourceRef
 
 __all__ = [
     "MAX_PIXELS", "MAX_TILE_BYTES", "MAX_WHOLE_BYTES", "check_pixels", "closed", "consistent_levels",
-    "downsample", "file_identity", "over_white", "probe",
+    "downsample", "file_identity", "make_levels", "over_white", "probe", "reference", "reopen",
 ]  # fmt: skip
 
 logger = logging.getLogger("wsitk.sources")
@@ -41,10 +41,25 @@ def probe(path: str, name: str) -> bytes:
         with open(path, "rb") as file:
             head = file.read(4096)
     except OSError as error:
-        raise SourceError("WSI100", f"{name}: {error.strerror or error}; check the path and its rights") from error
+        raise SourceError(
+            "WSI100", f"{name}: {error.strerror or error}; check the path and its rights"
+        ) from error
     if not head:
         raise SourceError("WSI102", f"{name}: the file is empty; copy it again")
     return head
+
+
+def reference(path: str, reader: str, mpp: float | Sequence[float] | None, name: str | None) -> SourceRef:
+    """Return how to open the same file with the same reader and options in another process."""
+    options = {"reader": reader, "mpp": mpp, "name": name}
+    return SourceRef(os.path.abspath(path), {k: v for k, v in options.items() if v is not None})
+
+
+def reopen(ref: SourceRef) -> Source:
+    """Open a source again; what unpickling a file source calls."""
+    from wsitk.sources import open_source
+
+    return open_source(ref)
 
 
 def closed(name: str) -> SourceError:
@@ -53,12 +68,14 @@ def closed(name: str) -> SourceError:
 
 
 def check_pixels(name: str, shape: Iterable[int]) -> None:
-    """Raise SourceError (WSI140) if an image claims more pixels than the limit, before anything is decoded."""
+    """Raise SourceError (WSI140) if an image claims more pixels than the limit, before decoding."""
     extents = tuple(shape)
     if any(n < 1 for n in extents):
         raise SourceError("WSI101", f"{name}: claims a shape of {extents}; the file is damaged")
     if prod(extents) > MAX_PIXELS:
-        raise SourceError("WSI140", f"{name}: claims {prod(extents):.3g} pixels, the limit is {MAX_PIXELS:.3g}")
+        raise SourceError(
+            "WSI140", f"{name}: claims {prod(extents):.3g} pixels, the limit is {MAX_PIXELS:.3g}"
+        )
 
 
 def downsample(full: Sequence[int], reduced: Sequence[int]) -> tuple[float, ...]:
@@ -86,7 +103,9 @@ def consistent_levels(name: str, found: Sequence[tuple[tuple[int, ...], tuple[in
             kept.append(index)
             last = shape
         else:
-            logger.warning("WSI120 %s: level %d is %s, not a reduction of %s; ignored", name, index, shape, full)
+            logger.warning(
+                "WSI120 %s: level %d is %s, not a reduction of %s; ignored", name, index, shape, full
+            )
     return kept
 
 

@@ -15,7 +15,8 @@ from wsitk.errors import SourceError
 from wsitk.geometry import Region, Spacing
 from wsitk.sources.array import default_channels
 from wsitk.sources.base import Level, Reading, Source, SourceRef
-from wsitk.sources.files import MAX_WHOLE_BYTES, closed, file_identity, over_white, probe
+from wsitk.sources.files import MAX_WHOLE_BYTES, closed, file_identity, over_white, probe, reference, reopen
+from wsitk.sources.jpeg_check import jpeg_fault
 from wsitk.sources.spacing import explicit, judge
 
 __all__ = ["ImageSource"]
@@ -48,8 +49,7 @@ class ImageSource(Source):
         self.channel_names = default_channels(int(colour.shape[2]))
         self.spacing, self.spacing_error = judge(self.name, explicit(mpp, 2) + stated, looked_at)
         self.bounds = Region((0, 0), shape)
-        options = {k: v for k, v in {"mpp": mpp, "name": name}.items() if v is not None}
-        self.ref = SourceRef(self._path, options)
+        self.ref: SourceRef = reference(self._path, "image", mpp, name)
 
     def read_inside(self, region: Region, level: int) -> Reading:
         """Return a copy of the region."""
@@ -58,6 +58,10 @@ class ImageSource(Source):
         where = region.slices()
         absent = self._absent[where] if self._absent is not None else None
         return Reading(self._pixels[where].copy(), absent if absent is not None and absent.any() else None)
+
+    def __reduce__(self) -> tuple[Any, tuple[SourceRef]]:
+        """Pickle as a reference; the file is opened again where it arrives."""
+        return reopen, (self.ref,)
 
     def identity(self) -> dict[str, Any]:
         """Return name, size and a sampled sha256 of the file."""
@@ -79,11 +83,16 @@ def _decode(path: str, name: str, head: bytes) -> tuple[NDArray[Any], list[Spaci
         raise SourceError("WSI101", f"{name}: not a PNG, JPEG, JPEG 2000 or TIFF image")
     import imagecodecs
 
-    decode = {"png": imagecodecs.png_decode, "jpeg": imagecodecs.jpeg8_decode, "jp2": imagecodecs.jpeg2k_decode}
+    decode: dict[str, Any] = {
+        "png": imagecodecs.png_decode,
+        "jpeg": imagecodecs.jpeg8_decode,
+        "jp2": imagecodecs.jpeg2k_decode,
+    }
     try:
         data = Path(path).read_bytes()
         shape, stated = _header(kind, data)
         check_whole(name, prod(shape))
+        _check_stream(kind, data, shape, name)
         pixels = np.asarray(decode[kind](data))
     except SourceError:
         raise
@@ -94,12 +103,24 @@ def _decode(path: str, name: str, head: bytes) -> tuple[NDArray[Any], list[Spaci
     return pixels, stated, {"png": ("png.pHYs",), "jpeg": ("jfif.density",), "jp2": ()}[kind]
 
 
+def _check_stream(kind: str, data: bytes, shape: tuple[int, ...], name: str) -> None:
+    """Raise SourceError for damage that the codec would hide (WSI102), or CMYK (WSI130)."""
+    if kind == "jpeg":
+        if shape[2] == 4:
+            raise SourceError("WSI130", f"{name}: a JPEG of four inks (CMYK); convert it to RGB")
+        fault = jpeg_fault(data, None, (shape[0], shape[1]))
+        if fault:
+            raise SourceError("WSI102", f"{name}: {fault}; copy it again")
+    if kind == "jp2" and b"\xff\xd9" not in data[-64:]:
+        raise SourceError("WSI102", f"{name}: JPEG 2000 codestream without its end; copy it again")
+
+
 def check_whole(name: str, nbytes: int) -> None:
     """Raise SourceError (WSI141) if an image is too large to be held whole."""
     if nbytes > MAX_WHOLE_BYTES:
         raise SourceError(
             "WSI141",
-            f"{name}: decodes to {nbytes / 2**20:.0f} MiB in one piece, the limit is {MAX_WHOLE_BYTES >> 20}; "
+            f"{name}: decodes to {nbytes / 2**20:.0f} MiB in one piece, limit {MAX_WHOLE_BYTES >> 20}; "
             "save it as a tiled TIFF, e.g. vips tiffsave IN OUT --tile --pyramid",
         )
 
@@ -166,7 +187,9 @@ def _as_colour(pixels: NDArray[Any], name: str) -> tuple[NDArray[Any], NDArray[n
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     if pixels.ndim != 3 or pixels.shape[2] > 4 or pixels.dtype.kind not in "uf":
-        raise SourceError("WSI130", f"{name}: shape {pixels.shape} of {pixels.dtype} is not a grey or RGB image")
+        raise SourceError(
+            "WSI130", f"{name}: shape {pixels.shape} of {pixels.dtype} is not a grey or RGB image"
+        )
     if pixels.shape[2] in (2, 4):
         return over_white(pixels)
     return np.ascontiguousarray(pixels), None

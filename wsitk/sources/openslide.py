@@ -27,6 +27,8 @@ from wsitk.sources.files import (
     make_levels,
     over_white,
     probe,
+    reference,
+    reopen,
 )
 from wsitk.sources.spacing import explicit, judge, parse_number
 
@@ -53,7 +55,6 @@ class OpenSlideSource(Source):
         self._idle: list[Any] = []
         self._closed = False
         self._cells: OrderedDict[tuple[int, ...], NDArray[np.uint8]] = OrderedDict()
-        probe(self._path, self.name)
         handle = self._open()
         try:
             properties = dict(handle.properties)
@@ -74,8 +75,7 @@ class OpenSlideSource(Source):
         self.spacing, self.spacing_error = judge(self.name, stated, looked_at)
         self.vendor = str(properties.get("openslide.vendor", ""))
         self._series = str(properties.get("dicom.SeriesInstanceUID", ""))
-        options = {k: v for k, v in {"mpp": mpp, "name": name}.items() if v is not None}
-        self.ref = SourceRef(self._path, options)
+        self.ref: SourceRef = reference(self._path, "openslide", mpp, name)
         self._give_back(handle)
 
     def read_inside(self, region: Region, level: int) -> Reading:
@@ -137,6 +137,7 @@ class OpenSlideSource(Source):
         """Return a new handle; raises SourceError (WSI101) in OpenSlide's words."""
         import openslide
 
+        probe(self._path, self.name)  # OpenSlide calls a stale handle an unsupported file
         try:
             handle = openslide.OpenSlide(self._path)
             handle.set_cache(openslide.OpenSlideCache(_CACHE_BYTES))
@@ -160,6 +161,10 @@ class OpenSlideSource(Source):
                 self._idle.append(handle)
                 return
         handle.close()
+
+    def __reduce__(self) -> tuple[Any, tuple[SourceRef]]:
+        """Pickle as a reference; the file is opened again where it arrives."""
+        return reopen, (self.ref,)
 
     def identity(self) -> dict[str, Any]:
         """Return name, size and a sampled sha256 over every file that the slide consists of."""

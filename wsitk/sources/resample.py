@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -81,33 +80,14 @@ def apply_taps(pixels: NDArray[Any], taps: tuple[Taps, ...], dtype: np.dtype[Any
 
 def _along(pixels: NDArray[Any], axis: int, rule: Taps, work: type[np.floating[Any]]) -> NDArray[Any]:
     """Return the weighted sums along one axis."""
+    from wsitk.sources.resample_loop import add_up  # numba takes half a second to import
+
     shape = pixels.shape
     outer, inner = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
     out = np.zeros((outer, len(rule.first), inner), work)
     weights = np.ascontiguousarray(rule.weights.astype(work))
-    _kernel()(pixels.reshape(outer, shape[axis], inner), rule.first - rule.start, weights, out)
+    add_up(pixels.reshape(outer, shape[axis], inner), rule.first - rule.start, weights, out)
     return out.reshape(*shape[:axis], len(rule.first), *shape[axis + 1 :])
-
-
-@cache
-def _kernel() -> Any:
-    """Compile the sum; it holds no GIL, and adds in the order of the input pixels."""
-    import numba
-
-    @numba.njit(nogil=True, cache=True)
-    def add_up(source: Any, first: Any, weights: Any, out: Any) -> None:
-        outer, length, inner = source.shape
-        for o in range(outer):
-            for k in range(weights.shape[0]):
-                for j in range(weights.shape[1]):
-                    i = first[k] + j
-                    w = weights[k, j]
-                    if w == 0 or i >= length:
-                        continue
-                    for c in range(inner):
-                        out[o, k, c] += w * source[o, i, c]
-
-    return add_up
 
 
 def halve(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import OrderedDict
@@ -17,8 +18,18 @@ from wsitk.errors import SourceError
 from wsitk.geometry import Region, Spacing
 from wsitk.sources.array import default_channels
 from wsitk.sources.base import Reading, Source, SourceRef
-from wsitk.sources.files import closed, consistent_levels, file_identity, make_levels, over_white, probe
+from wsitk.sources.files import (
+    closed,
+    consistent_levels,
+    file_identity,
+    make_levels,
+    over_white,
+    probe,
+    reference,
+    reopen,
+)
 from wsitk.sources.spacing import explicit, judge
+from wsitk.sources.tiff_codecs import decode_tile
 from wsitk.sources.tiff_pages import (
     LOOKED_AT,
     TiledPage,
@@ -32,7 +43,7 @@ __all__ = ["TiffSource", "read_plain_tiff"]
 
 CACHE_BYTES = 64 << 20
 _DIRECT_VENDORS = ("aperio", "generic-tiff", "")
-_JPEG = 7
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 @final
@@ -54,9 +65,8 @@ class TiffSource(Source):
     ) -> None:
         self.name = name or Path(path).name
         self._path = str(path)
-        if probe(self._path, self.name)[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        if probe(self._path, self.name)[:4] not in _TIFF:
             raise SourceError("WSI101", f"{self.name}: not a TIFF")
-        _leave_to_openslide(self._path, self.name)
         pages, stated = self._parse()
         kept = consistent_levels(self.name, [(p.shape, p.tile) for p in pages])
         self._pages = tuple(pages[i] for i in kept)
@@ -68,10 +78,9 @@ class TiffSource(Source):
         self.channel_names = default_channels(samples - self._alpha)
         self.spacing, self.spacing_error = judge(self.name, explicit(mpp, 2) + stated, LOOKED_AT)
         self.bounds = Region((0, 0), self.levels[0].shape)
-        options = {k: v for k, v in {"mpp": mpp, "name": name}.items() if v is not None}
-        self.ref = SourceRef(self._path, options)
+        self.ref: SourceRef = reference(self._path, "tiff", mpp, name)
         self._cache = _TileCache(cache_bytes)
-        self._file: int | None = os.open(self._path, os.O_RDONLY)
+        self._file: _Descriptor | None = _Descriptor(self._path)
 
     def _parse(self) -> tuple[list[TiledPage], list[Spacing]]:
         """Return the pages that may be levels, and the stated pixel sizes."""
@@ -81,10 +90,13 @@ class TiffSource(Source):
             with tifffile.TiffFile(self._path) as file:
                 first = file.pages.first
                 aperio = str(first.description or "").startswith("Aperio")
-                _check_kind(first, file, self.name)
+                _check_kind(first, self.name)
                 pages = [page_of(p, self.name) for p in pages_of_pyramid(list(file.pages), aperio)]
+                # Only now that no size is absurd: OpenSlide takes the memory that a header claims.
+                _leave_to_openslide(self._path, self.name)
+                _check_planes(first, file, self.name)
                 for level, page in enumerate(pages):
-                    check_segments(page, level, file.filehandle.size, self.name)
+                    check_segments(page.page, level, file.filehandle.size, self.name)
                 _ = [p.page.decode for p in pages]  # builds the decoders while the file is open
                 return pages, stated_spacings(first, aperio, file.ome_metadata if file.is_ome else None)
         except SourceError:
@@ -98,7 +110,8 @@ class TiffSource(Source):
         out = np.empty((*region.shape, self._samples), self.dtype)
         missing: NDArray[np.bool_] | None = None
         spans = zip(region.start, region.stop, page.tile, strict=True)
-        for place in product(*(range(a // t, -(-b // t)) for a, b, t in spans)):
+        for row, column in product(*(range(a // t, -(-b // t)) for a, b, t in spans)):
+            place = (row, column)
             tile = Region((place[0] * page.tile[0], place[1] * page.tile[1]), page.tile)
             common = tile.intersect(region)
             where = common.slices(region.start)
@@ -138,12 +151,12 @@ class TiffSource(Source):
         for attempt in range(2):
             data = self._bytes(page, index)
             try:
-                return _decoded(page, data, index)
+                return decode_tile(page, data, index)
             except Exception as error:  # imagecodecs has an exception type per codec
                 if attempt:
                     text = f"{self.name}: level {level} tile ({place[0]},{place[1]}): {error}"
                     raise SourceError("WSI111", text) from error
-        raise AssertionError("unreachable")
+        raise closed(self.name)
 
     def _bytes(self, page: TiledPage, index: int) -> bytes:
         """Return the stored bytes of a tile; reopens the file where the system fails (WSI150)."""
@@ -153,12 +166,24 @@ class TiffSource(Source):
             if file is None:
                 raise closed(self.name)
             try:
-                return os.pread(file, count, offset)
+                return os.pread(file.number, count, offset)
             except OSError as error:
                 if attempt == 2:
                     text = f"{self.name}: {error.strerror or error} at byte {offset:,}, 3 tries"
                     raise SourceError("WSI150", text) from error
-        raise AssertionError("unreachable")
+                self._reopen()
+        raise closed(self.name)
+
+    def _reopen(self) -> None:
+        """Replace the descriptor, which may have gone stale on a network drive."""
+        with contextlib.suppress(OSError):  # the next read will say so
+            fresh = _Descriptor(self._path)
+            if self._file is not None:
+                self._file = fresh
+
+    def __reduce__(self) -> tuple[Any, tuple[SourceRef]]:
+        """Pickle as a reference; the file is opened again where it arrives."""
+        return reopen, (self.ref,)
 
     def identity(self) -> dict[str, Any]:
         """Return name, size and a sampled sha256 of the file."""
@@ -166,10 +191,19 @@ class TiffSource(Source):
 
     def close(self) -> None:
         """Close the file and forget decoded tiles."""
-        file, self._file = self._file, None
+        self._file = None
         self._cache.clear()
-        if file is not None:
-            os.close(file)
+
+
+class _Descriptor:
+    """An open file that closes when its last user lets go, so that no read meets another file's number."""
+
+    def __init__(self, path: str) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
 
 
 class _TileCache:
@@ -201,12 +235,6 @@ class _TileCache:
             self._used = 0
 
 
-def _decoded(page: TiledPage, data: bytes, index: int) -> NDArray[Any]:
-    """Return one tile (h, w, samples) as the codec gives it; tiles at the border may be smaller."""
-    segment, _, _ = page.page.decode(data, index, jpegtables=page.jpeg_tables)
-    return np.asarray(segment[0])
-
-
 def _leave_to_openslide(path: str, name: str) -> None:
     """Raise SourceError (WSI101) for vendors whose tiles overlap or hide: OpenSlide knows their rules."""
     import openslide
@@ -216,22 +244,36 @@ def _leave_to_openslide(path: str, name: str) -> None:
         raise SourceError("WSI101", f"{name}: {vendor} is left to OpenSlide")
 
 
-def _check_kind(first: Any, file: Any, name: str) -> None:
-    """Raise SourceError unless the first page is tiled and grey or RGB, and there is one plane only."""
+def _check_kind(first: Any, name: str) -> None:
+    """Raise SourceError (WSI101) unless the first page is tiled, and interleaved grey or RGB."""
     if not first.is_tiled:
         raise SourceError("WSI101", f"{name}: its first page has no tiles")
     photometric, samples = int(first.photometric), int(first.samplesperpixel)
     colour = (photometric in (2, 6) and samples in (3, 4)) or (photometric == 1 and samples in (1, 2))
-    if not colour or int(first.planarconfig) != 1 or first.dtype is None or first.dtype.kind not in "uf":
-        text = f"{samples} samples of {first.dtype}, photometric {photometric}, planar {int(first.planarconfig)}"
+    depth = first.dtype is not None and (
+        first.dtype.kind == "u" or (first.dtype.kind == "f" and samples in (1, 3))
+    )
+    if not colour or not depth or int(first.planarconfig) != 1:
+        text = (
+            f"{samples} samples of {first.dtype}, photometric {photometric}, planar {int(first.planarconfig)}"
+        )
         raise SourceError("WSI101", f"{name}: {text}: not interleaved grey or RGB")
-    planes = [p for p in file.pages if p.is_tiled and p.shape == first.shape]
-    if len(planes) > 1:
-        raise SourceError("WSI130", f"{name}: {len(planes)} planes of equal size, a stack or channels; extract one")
+
+
+def _check_planes(first: Any, file: Any, name: str) -> None:
+    """Raise SourceError (WSI130) if several pages are as large as the first: a stack, or channels."""
+    planes = sum(1 for p in file.pages if p.is_tiled and p.shape == first.shape)
+    if planes > 1:
+        raise SourceError(
+            "WSI130", f"{name}: {planes} planes of one size (a stack, or channels); extract one"
+        )
 
 
 def read_plain_tiff(path: str, name: str) -> tuple[NDArray[Any], list[Spacing], Sequence[str]]:
-    """Return the first page of a TIFF whole, its stated pixel size, and where that was looked for."""
+    """Return the only page of a TIFF whole (y, x, c), its stated pixel size, and where that was looked for.
+
+    Raises SourceError: WSI130 for a stack or colours other than grey, RGB and palette; WSI141 if too large.
+    """
     import tifffile
 
     from wsitk.sources.image import check_whole
@@ -239,10 +281,34 @@ def read_plain_tiff(path: str, name: str) -> tuple[NDArray[Any], list[Spacing], 
     try:
         with tifffile.TiffFile(path) as file:
             first = file.pages.first
+            if sum(1 for p in file.pages if p.shape == first.shape) > 1:
+                raise SourceError("WSI130", f"{name}: several planes of one size (a stack); extract one")
             check_whole(name, int(first.size) * first.dtype.itemsize)
+            check_segments(first, 0, file.filehandle.size, name)
             stated = stated_spacings(first, False, file.ome_metadata if file.is_ome else None)
-            return np.asarray(first.asarray()), stated, LOOKED_AT
+            return _meaning(np.asarray(first.asarray()), first, name), stated, LOOKED_AT
     except SourceError:
         raise
     except Exception as error:  # a damaged header gives any of twenty types
         raise SourceError("WSI101", f"{name}: TIFF: {type(error).__name__}: {error}") from error
+
+
+def _meaning(pixels: NDArray[Any], page: Any, name: str) -> NDArray[Any]:
+    """Return stored numbers as grey or colour (y, x, c), by the page's photometric interpretation."""
+    photometric = int(page.photometric)
+    if photometric == 3 and page.colormap is not None:
+        table = np.asarray(page.colormap).T
+        if table.max() > 255:  # entries are 16-bit by definition; some writers fill 8 bits only
+            table = table >> 8
+        return np.asarray(table.astype(np.uint8)[pixels])
+    if photometric not in (0, 1, 2, 6):
+        raise SourceError(
+            "WSI130", f"{name}: photometric interpretation {photometric} is neither grey nor RGB"
+        )
+    if int(page.planarconfig) == 2 and pixels.ndim == 3:
+        pixels = np.moveaxis(pixels, 0, -1)
+    if pixels.dtype == np.bool_:
+        pixels = pixels.astype(np.uint8) * np.uint8(255)
+    if photometric == 0:
+        pixels = np.invert(pixels)
+    return pixels

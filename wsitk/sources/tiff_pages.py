@@ -21,7 +21,7 @@ __all__ = ["LOOKED_AT", "TiledPage", "check_segments", "page_of", "pages_of_pyra
 
 LOOKED_AT = ("aperio.MPP", "OME PhysicalSizeX", "tiff.XResolution")
 
-_CODECS = {1, 5, 7, 8, 32773, 32946, 33003, 33004, 33005, 34712, 34925, 50000, 50001, 50002, 34926, 34927}
+_CODECS = {1, 5, 7, 8, 32773, 32946, 33003, 33004, 33005, 34712, 34925, 34926, 50000, 50001}
 _OME_UNIT_UM = {"µm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "pm": 1e-6, "in": 25_400.0}
 _RESOLUTION_UNIT_UM = {2: 25_400.0, 3: 10_000.0}
 
@@ -54,7 +54,9 @@ def page_of(page: Any, name: str) -> TiledPage:
         raise SourceError("WSI101", f"{name}: tiles of {tile} pixels; the file is damaged")
     nbytes = math.prod(tile) * int(page.samplesperpixel) * page.dtype.itemsize
     if nbytes > MAX_TILE_BYTES:
-        raise SourceError("WSI141", f"{name}: a tile decodes to {nbytes} bytes, the limit is {MAX_TILE_BYTES}")
+        raise SourceError(
+            "WSI141", f"{name}: a tile decodes to {nbytes} bytes, the limit is {MAX_TILE_BYTES}"
+        )
     grid = (-(-shape[0] // tile[0]), -(-shape[1] // tile[1]))
     offsets, counts = (np.asarray(v, np.int64) for v in (page.dataoffsets, page.databytecounts))
     if len(offsets) != math.prod(grid) or len(counts) != len(offsets):
@@ -62,15 +64,19 @@ def page_of(page: Any, name: str) -> TiledPage:
     return TiledPage(page, shape, tile, grid, offsets, counts, page.jpegtables)
 
 
-def check_segments(page: TiledPage, level: int, size: int, name: str) -> None:
-    """Raise SourceError (WSI102) if a tile lies beyond the end of the file of `size` bytes."""
-    ends = np.where(page.counts > 0, page.offsets + page.counts, 0)
+def check_segments(page: Any, level: int, size: int, name: str) -> None:
+    """Raise SourceError (WSI102) if a tile or strip lies beyond the file's `size` bytes."""
+    offsets, counts = (np.asarray(v, np.int64) for v in (page.dataoffsets, page.databytecounts))
+    ends = np.where(counts > 0, offsets + counts, 0) if len(counts) else np.zeros(1, np.int64)
     worst = int(ends.argmax())
     if ends[worst] > size:
-        row, column = divmod(worst, page.grid[1])
+        place = f"strip {worst}"
+        if page.is_tiled:
+            row, column = divmod(worst, -(-int(page.imagewidth) // int(page.tilewidth)))
+            place = f"tile ({row},{column})"
         raise SourceError(
             "WSI102",
-            f"{name}: the file ends at {size:,} bytes but tile ({row},{column}) of level {level} needs "
+            f"{name}: the file ends at {size:,} bytes but {place} of level {level} needs "
             f"{int(ends[worst]):,}; copy it again",
         )
 

@@ -204,7 +204,9 @@ class WorkingImage:
     def _is_halving(self, region: Region, window: Region, pixels: NDArray[Any]) -> bool:
         """Tell whether the piece is whole 2 x 2 blocks of bytes."""
         whole = tuple(2 * n for n in region.shape) == window.shape
-        return whole and pixels.dtype == np.uint8 and self.factor == (2.0, 2.0) and pixels.shape[2] in (1, 3, 4)
+        return (
+            whole and pixels.dtype == np.uint8 and self.factor == (2.0, 2.0) and pixels.shape[2] in (1, 3, 4)
+        )
 
 
 def _settle(factor: float, tolerance: float) -> float:

@@ -6,7 +6,7 @@ tile ──> select ──> its own objects + those just beyond its seams ──
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -96,16 +96,11 @@ def merge_objects(grid: TileGrid, load_block: Callable[[int], ObjectTable | None
         yield from front.leave()
 
 
-@dataclass
-class _Row:
-    """A row of blocks that has entered the wavefront: its place, and how many objects it brought."""
-
-    number: int
-    count: int
-
-
 class _Front:
-    """The rows of blocks in memory: their objects, what is decided of them, and the open conflicts."""
+    """The rows of blocks in memory: their objects, what is decided of them, and the open conflicts.
+
+    `rows` holds the number of objects of each row, `alone` whether an object has met no conflict so far.
+    """
 
     def __init__(self, grid: TileGrid) -> None:
         self.grid = grid
@@ -114,7 +109,7 @@ class _Front:
         self.state = np.zeros(0, np.int8)
         self.alone = np.zeros(0, bool)
         self.edges = np.zeros((0, 2), np.int64)
-        self.rows: list[_Row] = []
+        self.rows: list[int] = []
 
     def enter(self, row: int, load_block: Callable[[int], ObjectTable | None]) -> None:
         """Load a row of blocks, find its conflicts with itself and the rows before, decide what can be."""
@@ -122,7 +117,7 @@ class _Front:
         found = [(i, load_block(i)) for i in range(row * width, (row + 1) * width)]
         tables = [(i, table) for i, table in found if table is not None and len(table)]
         old, new = len(self.table), sum(len(table) for _, table in tables)
-        self.rows.append(_Row(row, new))
+        self.rows.append(new)
         if new:
             kept = [self.table] if old else []
             self.table = ObjectTable.concat([*kept, *(table for _, table in tables)])
@@ -135,10 +130,10 @@ class _Front:
     def leave(self) -> Iterator[ObjectTable]:
         """Yield the blocks of the rows that are decided to the last object, and forget them."""
         count = done = 0
-        for row in self.rows:
-            if (self.state[count : count + row.count] == UNDECIDED).any():
+        for held in self.rows:
+            if (self.state[count : count + held] == UNDECIDED).any():
                 break
-            count, done = count + row.count, done + 1
+            count, done = count + held, done + 1
         for block in np.unique(self.block[:count]):
             rows = np.flatnonzero((self.block[:count] == block) & (self.state[:count] == KEPT))
             if len(rows):
@@ -165,14 +160,13 @@ class _Front:
     def _decide(self, last: int) -> None:
         """Settle all objects, given that the rows of blocks up to `last` have entered."""
         place, owner = priority(self.grid, self.table)
-        ready = np.repeat([self._complete(r.number, last) for r in self.rows], [r.count for r in self.rows])
-        ready = ready.astype(bool)
+        ready = self.table.start[:, 0] + self.table.shape[:, 0] <= self._unread(last + 1)
         self.state[ready & ~owner & self.alone] = DROPPED
         self.edges = settle(self.state, self.edges, place, ready)
 
-    def _complete(self, row: int, last: int) -> bool:
-        """Tell whether no row of blocks after `last` reads pixels that `row` reads."""
-        if last + 1 >= self.grid.block_counts[0]:
-            return True
-        cells = self.grid.block[0] * self.grid.cell[0]
-        return (last - row) * cells >= 2 * self.grid.halo[0]
+    def _unread(self, row: int) -> float:
+        """Return where, on the first axis, the windows of the given row of blocks begin: all before is known."""
+        grid = self.grid
+        if row >= grid.block_counts[0]:
+            return np.inf
+        return grid.origin[0] + (grid.first[0] + row * grid.block[0]) * grid.cell[0] - grid.halo[0]

@@ -138,14 +138,19 @@ def _repair(geometry: shapely.Geometry | None, shift_xy: tuple[float, float]) ->
     if geometry is None or not np.isfinite(shapely.get_coordinates(geometry)).all():
         return None
     shifted = shapely.transform(geometry, lambda xy: xy - shift_xy)
-    reduced = shapely.set_precision(shapely.make_valid(shifted), GRID)
+    # part by part: repaired together, overlapping parts would lose what they share
+    try:
+        whole = shapely.union_all(shapely.make_valid(shapely.get_parts(shifted)))
+        reduced = shapely.set_precision(whole, GRID)
+    except shapely.errors.GEOSException:
+        return None  # QuPath's reduction would fail too; the caller counts it
     parts = [
         p for p in shapely.get_parts(shapely.get_parts(reduced)) if p.geom_type == "Polygon" and p.area > 0
     ]
     if not parts:
         return None
-    whole = parts[0] if len(parts) == 1 else shapely.MultiPolygon(parts)
-    return whole if shapely.is_valid(whole) else None
+    kept = parts[0] if len(parts) == 1 else shapely.MultiPolygon(parts)
+    return kept if shapely.is_valid(kept) else None
 
 
 class _Encoder:

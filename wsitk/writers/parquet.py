@@ -136,6 +136,7 @@ class ObjectWriter:
                 use_dictionary=["class"],
                 write_page_index=True,
             )
+            stack.callback(self._sink.close)  # before its stream, also when a batch fails
             self._stack = stack.pop_all()
 
     def write(self, rows: ObjectRows) -> None:

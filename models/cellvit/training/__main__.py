@@ -15,8 +15,9 @@ def main() -> None:
     parser.add_argument("--encoder", type=Path, help="MobileSAM checkpoint to start the encoder from")
     parser.add_argument("--steps", type=int, default=Config.steps)
     parser.add_argument("--minutes", type=float, default=Config.minutes)
+    parser.add_argument("--batch", type=int, default=Config.batch, help="crops per process and step")
     options = parser.parse_args()
-    config = Config(steps=options.steps, minutes=options.minutes)
+    config = Config(steps=options.steps, minutes=options.minutes, batch=options.batch)
     fit(options.data, options.out, options.encoder, config)
 
 

@@ -54,7 +54,7 @@ def restain(pixels: Float, rng: np.random.Generator) -> Float:
     vectors = np.maximum(STAINS + rng.normal(0, 0.07, (3, 3)), 0.01)
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
     mixed = np.maximum((amounts * gain + shift) @ vectors, 0).reshape(pixels.shape)
-    return (255.0 * np.exp(-mixed)).astype(np.float32)
+    return np.asarray(255.0 * np.exp(-mixed), np.float32)
 
 
 def recolour(pixels: Float, rng: np.random.Generator) -> Float:
@@ -66,7 +66,7 @@ def recolour(pixels: Float, rng: np.random.Generator) -> Float:
     cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3.0)
     turn = np.cos(angle) * np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * axis
     saturation = 0.0 if rng.random() < 0.03 else rng.uniform(0.5, 1.5)
-    return grey[..., None] + (colour @ (turn.T * saturation).astype(np.float32))
+    return np.asarray(grey[..., None] + colour @ (turn.T * saturation).astype(np.float32), np.float32)
 
 
 def expose(pixels: Float, rng: np.random.Generator) -> Float:
@@ -76,7 +76,7 @@ def expose(pixels: Float, rng: np.random.Generator) -> Float:
     pixels = 255.0 * (np.clip(pixels, 0, 255) / 255.0) ** gamma * balance
     contrast = rng.uniform(0.75, 1.25)
     middle = pixels.mean()
-    return ((pixels - middle) * contrast + middle * rng.uniform(0.85, 1.15)).astype(np.float32)
+    return np.asarray((pixels - middle) * contrast + middle * rng.uniform(0.85, 1.15), np.float32)
 
 
 def degrade(image: Image, rng: np.random.Generator) -> Image:
@@ -94,7 +94,7 @@ def degrade(image: Image, rng: np.random.Generator) -> Image:
     if dice[2] < 0.30:
         quality = int(rng.integers(35, 95))
         coded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-        image = cv2.imdecode(coded, cv2.IMREAD_COLOR).astype(np.uint8)
+        image = np.asarray(cv2.imdecode(coded, cv2.IMREAD_COLOR), np.uint8)
     if dice[3] < 0.20:
         noise = rng.normal(0, rng.uniform(2, 9), image.shape).astype(np.float32)
         image = np.clip(image + noise, 0, 255).astype(np.uint8)

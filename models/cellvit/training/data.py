@@ -102,7 +102,7 @@ class CropSampler:
 
 def covers(item: Item, size: int) -> bool:
     """Whether an image is large enough for a crop of `size` without being enlarged."""
-    return min(item.inst.shape) * item.spacing >= 0.95 * size * SPACING
+    return bool(min(item.inst.shape) * item.spacing >= 0.95 * size * SPACING)
 
 
 def resample(image: Image, inst: Labels, size: tuple[int, int]) -> tuple[Image, Labels]:
@@ -123,9 +123,17 @@ def prepare(consep: Path, dsb: Path, out: Path) -> None:
         np.savez(out / f"consep_{tile:02d}.npz", image=image, inst=inst, spacing=np.float32(0.25))
     for path in sorted(dsb.glob("*.npz")):
         inst = np.load(path)["inst"]
-        image = cv2.imread(str(path.with_suffix(".png")))[..., ::-1]
+        image = read_rgb(path.with_suffix(".png"))
         spacing = guess_spacing(inst)
         np.savez(out / f"dsb_{path.stem}.npz", image=image, inst=inst, spacing=np.float32(spacing))
+
+
+def read_rgb(path: Path) -> Image:
+    """An image file as (H, W, 3)."""
+    read = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    if read is None:
+        raise FileNotFoundError(path)
+    return np.ascontiguousarray(read[..., ::-1], np.uint8)
 
 
 def guess_spacing(inst: Labels) -> float:
@@ -153,7 +161,7 @@ def assemble(folder: Path, tile: int) -> tuple[Image, Labels]:
         y, x = offsets[row], offsets[column]
         here = (slice(y, y + 256), slice(x, x + 256))
         labels = np.load(stem.with_suffix(".npz"))["inst"].astype(np.int64)
-        image[here] = cv2.imread(str(stem.with_suffix(".jpg")))[..., ::-1]
+        image[here] = read_rgb(stem.with_suffix(".jpg"))
         labels = np.where(labels > 0, labels + int(inst.max()), 0).astype(np.uint16)
         inst[here] = adopt(labels, inst[here])
     for at in (256, 512):

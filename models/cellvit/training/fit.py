@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import csv
+import math
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wsitk.models.cellvit.compact import LATTICE, MEAN, STD, CompactCellViT, compact_cellvit, encoder_state
 from wsitk.models.cellvit.training import losses
+from wsitk.models.cellvit.training.augment import Image, Labels
 from wsitk.models.cellvit.training.data import (
     SPACING,
     CropSampler,
-    Image,
     Item,
-    Labels,
     load,
     resample,
     split,
@@ -41,7 +43,7 @@ class Config:
     warmup: float = 0.03
     average: float = 0.998
     seed: int = 19
-    threads: int = 2
+    threads: int = 1
     save_every: int = 100
 
 
@@ -63,7 +65,11 @@ class Average:
 
 
 def fit(data: Path, out: Path, encoder: Path | None, config: Config) -> None:
-    """Train on the prepared folder `data`; write `out` (safetensors) and, beside it, `.csv` and `.resume`."""
+    """Train on the prepared folder `data`; write `out` (safetensors) and, beside it, `.csv` and `.resume`.
+
+    Under `torchrun`, each process computes the gradient of its own crops, and the first one writes.
+    """
+    rank = join_processes()
     torch.set_num_threads(config.threads)
     torch.set_flush_denormal(True)
     torch.manual_seed(config.seed)
@@ -76,25 +82,55 @@ def fit(data: Path, out: Path, encoder: Path | None, config: Config) -> None:
     average = Average(network, config.average)
     step, spent = resume(out.with_suffix(".resume"), network, optimiser, average)
     # A resumed run must not draw the same crops again.
-    crops = CropSampler(training, config.crop, config.seed + step)
+    crops = CropSampler(training, config.crop, config.seed + 2 * step + rank)
     log = Log(out.with_suffix(".csv"))
     started = time.monotonic() - spent
     progress = 0.0
     while progress < 1:
         minutes = (time.monotonic() - started) / 60
-        progress = max(step / config.steps, minutes / config.minutes)
+        progress = agree(max(step / config.steps, minutes / config.minutes))
         schedule(optimiser, config, progress)
         parts = train_step(network, optimiser, *batch(crops, config.batch))
         step += 1
         average.update(network, step)
         log.add(parts)
-        if step % config.save_every == 0 or progress >= 1:
+        if rank == 0 and (step % config.save_every == 0 or progress >= 1):
             score = validate(average.state, held_out)
             log.write(step, minutes, score)
             export(average.state, out)
             checkpoint(
                 out.with_suffix(".resume"), network, optimiser, average, step, time.monotonic() - started
             )
+
+
+def join_processes() -> int:
+    """Join the group that `torchrun` describes, if any; the rank of this process."""
+    if "RANK" not in os.environ:
+        return 0
+    dist.init_process_group("gloo")
+    return dist.get_rank()
+
+
+def agree(progress: float) -> float:
+    """The first process's progress: clocks differ, and all must stop at the same step."""
+    if not dist.is_initialized():
+        return progress
+    shared = torch.tensor([progress], dtype=torch.float64)
+    dist.broadcast(shared, 0)
+    return float(shared)
+
+
+def average_gradients(network: nn.Module) -> None:
+    """Mean over processes, in one message."""
+    if not dist.is_initialized():
+        return
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    sizes = [g.numel() for g in gradients]
+    for gradient, part in zip(gradients, torch.split(flat, sizes), strict=True):
+        gradient.copy_(part.view(gradient.shape))
 
 
 def make_optimiser(network: CompactCellViT, config: Config) -> torch.optim.AdamW:
@@ -117,7 +153,7 @@ def schedule(optimiser: torch.optim.Optimizer, config: Config, progress: float) 
         factor = 0.02 + 0.98 * progress / config.warmup
     else:
         done = min(1.0, (progress - config.warmup) / (1 - config.warmup))
-        factor = 0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * done))
+        factor = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
     for group in optimiser.param_groups:
         group["lr"] = group["peak"] * factor
 
@@ -147,6 +183,7 @@ def train_step(
     loss, parts = losses.total(maps, nuclei, distances)
     optimiser.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
+    average_gradients(network)
     nn.utils.clip_grad_norm_(network.parameters(), 5.0)
     optimiser.step()
     return parts
@@ -180,8 +217,8 @@ class Log:
     """A CSV with the mean training losses since the last row."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.rows = path, []
-        self.rows: list[dict[str, float]]
+        self.path = path
+        self.rows: list[dict[str, float]] = []
 
     def add(self, parts: dict[str, float]) -> None:
         self.rows.append(parts)
