@@ -13,6 +13,7 @@ from cellvit_golden import (
     TINY_VIT,
     check_against_golden,
     check_against_statistics,
+    deviations,
     filled,
     he_input,
     manifest,
@@ -110,6 +111,18 @@ def test_both_fused_attentions_equal_the_packages(h: int, w: int) -> None:
         masked = sam.masked_attention(query, key, value, *terms)
         folded = sam.folded_attention(query, key, value, *terms)
         torch.testing.assert_close(folded, masked, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "folded"), [("tiny_vit", False), ("tiny_sam", False), ("tiny_sam", True)])
+def test_half_precision_stays_near(name: str, folded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from wsitk.models.cellvit.encoders import sam
+
+    if folded:  # as on a GPU
+        monkeypatch.setattr(sam, "masked_attention", sam.folded_attention)
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), one_thread():
+        out = quick(name)(he_input(64, 64))
+    worst = deviations({key: value.float() for key, value in out.items()}, name, 64, 64)
+    assert 1e-4 < max(d for key, d in worst.items() if "map" in key) < 0.3, worst
 
 
 def test_folded_norms_change_nothing() -> None:

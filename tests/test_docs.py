@@ -67,7 +67,8 @@ COMMANDS = dict(commands())
 
 def options(words: tuple[str, ...]) -> set[str]:
     """Return the options of a verb."""
-    return {o for p in COMMANDS[words].params for o in (*p.opts, *p.secondary_opts)} | {"--help"}
+    every = {o for p in COMMANDS[words].params for o in (*p.opts, *p.secondary_opts)} | {"--help"}
+    return {o for o in every if o.startswith("-")}
 
 
 def name_of(page: Path) -> str:

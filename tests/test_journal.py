@@ -18,7 +18,9 @@ KEY = {"model": ["m", "1"], "settings": {"tile": None}}
 
 def test_commit_and_load(tmp_path: Path) -> None:
     with Journal(tmp_path, KEY) as journal:
-        journal.commit(7, {"objects:size": np.arange(3), "field:p:done": np.ones((2, 2))}, {"tiles": [[1, "ok", ""]]})
+        journal.commit(
+            7, {"objects:size": np.arange(3), "field:p:done": np.ones((2, 2))}, {"tiles": [[1, "ok", ""]]}
+        )
         assert journal.committed()[7]["tiles"] == [[1, "ok", ""]]
         assert set(journal.load(7, "objects:")) == {"size"}
         assert np.array_equal(journal.load(7, "field:p:")["done"], np.ones((2, 2)))
@@ -43,8 +45,9 @@ def test_a_record_whose_data_is_cut_short_does_not_count(tmp_path: Path) -> None
 def test_another_key_is_refused_and_the_difference_named(tmp_path: Path) -> None:
     with Journal(tmp_path, KEY):
         pass
-    with pytest.raises(OutputError, match=r"WSI510 .*settings differ.*--overwrite"), Journal(
-        tmp_path, {**KEY, "settings": {"tile": 512}}
+    with (
+        pytest.raises(OutputError, match=r"WSI510 .*settings differ.*--overwrite"),
+        Journal(tmp_path, {**KEY, "settings": {"tile": 512}}),
     ):
         pass
     with Journal(tmp_path, KEY):  # the refusal let go of the lock
@@ -60,7 +63,9 @@ def test_two_processes_cannot_hold_one_journal(tmp_path: Path) -> None:
         "    print(error.code)\n"
     )
     with Journal(tmp_path, KEY):
-        said = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+        said = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+        )
     assert said.stdout.strip() == "WSI511"
 
 

@@ -33,6 +33,8 @@ ORDER = (
     "record",
     "result",
     "writers",
+    "contact_sheet",
+    "json_stream",
     "qupath",
     "worker",
     "plan",

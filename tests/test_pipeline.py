@@ -50,7 +50,9 @@ def test_the_oracle_finds_exactly_the_truth(
     assert by_number.geometry.is_valid.all()
 
 
-def test_a_constant_stays_that_constant_and_an_identity_the_image(slide: SyntheticSlide, tmp_path: Path) -> None:
+def test_a_constant_stays_that_constant_and_an_identity_the_image(
+    slide: SyntheticSlide, tmp_path: Path
+) -> None:
     constant = ConstantModel(0.7371, tile=(256, 256), halo=(32, 32))
     maps = wsitk.run(constant, slide.pixels, out=tmp_path / "c", spacing=0.5, **PLAIN).maps.compute()
     assert np.unique(maps).tolist() == [np.float32(0.7371)]
@@ -145,7 +147,7 @@ def test_other_settings_are_refused_until_overwrite(slide: SyntheticSlide, tmp_p
     wsitk.run(model, slide.pixels, out=tmp_path, spacing=0.5, **PLAIN)
     foreign = tmp_path / "array" / "notes.txt"
     foreign.write_text("mine")
-    with pytest.raises(OutputError, match="WSI510 .*settings differ"):
+    with pytest.raises(OutputError, match=r"WSI510 .*settings differ"):
         wsitk.run(model, slide.pixels, out=tmp_path, spacing=0.5, **{**PLAIN, "block": 1})
     wsitk.run(model, slide.pixels, out=tmp_path, spacing=0.5, **{**PLAIN, "block": 1}, overwrite=True)
     assert foreign.read_text() == "mine"
@@ -156,13 +158,17 @@ def test_worker_count_does_not_change_a_byte(slide: SyntheticSlide, tmp_path: Pa
     records = []
     for workers in (1, 4):
         out = tmp_path / str(workers)
-        records.append(wsitk.run(model, slide.pixels, out=out, spacing=0.5, workers=workers, **PLAIN).provenance)
+        records.append(
+            wsitk.run(model, slide.pixels, out=out, spacing=0.5, workers=workers, **PLAIN).provenance
+        )
     assert records[0] == records[1]
 
 
 def test_a_region_of_interest_gives_the_objects_in_it(slide: SyntheticSlide, tmp_path: Path) -> None:
     model = OracleModel(tile=(192, 192), halo=(32, 32))
-    found = wsitk.run(model, slide.pixels, out=tmp_path, spacing=0.5, roi=(101, 57, 333, 222), **PLAIN).objects
+    found = wsitk.run(
+        model, slide.pixels, out=tmp_path, spacing=0.5, roi=(101, 57, 333, 222), **PLAIN
+    ).objects
     y, x = slide.truth.anchor.T
     inside = (x >= 101) & (x < 434) & (y >= 57) & (y < 279)
     assert sorted(found["number"].astype(int)) == (np.flatnonzero(inside) + 1).tolist()
@@ -170,13 +176,15 @@ def test_a_region_of_interest_gives_the_objects_in_it(slide: SyntheticSlide, tmp
 
 def test_a_region_outside_the_image_is_refused(slide: SyntheticSlide, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="WSI011"):
-        wsitk.run(OracleModel(tile=(192, 192), halo=(32, 32)), slide.pixels, out=tmp_path, roi=(9999, 0, 10, 10))
+        wsitk.run(
+            OracleModel(tile=(192, 192), halo=(32, 32)), slide.pixels, out=tmp_path, roi=(9999, 0, 10, 10)
+        )
 
 
 def test_a_tile_that_does_not_fit_the_model_is_refused(slide: SyntheticSlide, tmp_path: Path) -> None:
     model = OracleModel(tile=(192, 192), halo=(32, 32))
     model.spec = replace(model.spec, align=(64, 64))
-    with pytest.raises(UsageError, match="WSI010 .*multiples of"):
+    with pytest.raises(UsageError, match=r"WSI010 .*multiples of"):
         wsitk.run(model, slide.pixels, out=tmp_path, tile=200)
 
 

@@ -17,7 +17,9 @@ from crashing import count_steps, die_at, oracle_run, tree
 from wsitk.testing import SyntheticSlide
 
 SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["wsitk.pipeline", "wsitk.testing", "wsitk.finish", "torch", "cv2", "zarr", "numba"])
+SPAWN.set_forkserver_preload(
+    ["wsitk.pipeline", "wsitk.testing", "wsitk.finish", "torch", "cv2", "zarr", "numba"]
+)
 
 
 def in_fresh_process(target: Callable[..., None], *args: Any) -> int | None:
@@ -33,7 +35,12 @@ def slide(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("slide") / "synthetic.tiff"
     pixels = SyntheticSlide.make((520, 600), count=250, seed=5).pixels
     tifffile.imwrite(
-        path, pixels, tile=(128, 128), photometric="rgb", resolution=(20000, 20000), resolutionunit="CENTIMETER"
+        path,
+        pixels,
+        tile=(128, 128),
+        photometric="rgb",
+        resolution=(20000, 20000),
+        resolutionunit="CENTIMETER",
     )
     return str(path)
 
@@ -47,7 +54,9 @@ def whole(slide: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[st
     return tree(folder / "out"), int(answer.read_text())
 
 
-def test_a_run_repeated_gives_the_same_bytes(slide: str, whole: tuple[dict[str, str], int], tmp_path: Path) -> None:
+def test_a_run_repeated_gives_the_same_bytes(
+    slide: str, whole: tuple[dict[str, str], int], tmp_path: Path
+) -> None:
     assert in_fresh_process(oracle_run, slide, str(tmp_path)) == 0
     assert tree(tmp_path) == whole[0]
 

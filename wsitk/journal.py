@@ -73,13 +73,17 @@ class Journal:
         try:
             self._check_key()
         except BaseException:
-            self.__exit__(None, None, None)
+            self.close()
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the lock."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None

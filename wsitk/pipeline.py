@@ -246,11 +246,13 @@ class Runner:
                 job = self._start(plan, locks) if plan is not None else None
                 if job is None:
                     continue
-                for task in job.plan.tasks():
-                    if task.block in job.left and job.failure is None:
-                        yield task
-                if not job.left:
+                if not job.left:  # all was committed by a run that was stopped
                     self._finishing.append(finisher.submit(self._finish, job))
+                    continue
+                todo = frozenset(job.left)
+                for task in job.plan.tasks():
+                    if task.block in todo and job.failure is None:
+                        yield task
 
     def _start(self, plan: Plan, locks: contextlib.ExitStack) -> _Job | None:
         """Take the lock, look at what is done already, and announce the rest."""
@@ -264,6 +266,7 @@ class Runner:
             return None
         if (folder / "provenance.json").is_file():
             journal.forget_blocks()  # a kill may have come between the last file and this
+            journal.close()
             self._already_done(plan, folder)
             return None
         todo = [t for t in plan.tasks()]
@@ -293,6 +296,7 @@ class Runner:
     def _abandon(self, failure: BlockError) -> None:
         job = self._jobs[failure.input]
         job.failure = failure
+        job.journal.close()
         self._fail(failure.input, failure)
 
     # --- ending --------------------------------------------------------------------------------------
@@ -313,6 +317,8 @@ class Runner:
             _raise_if_disk(error, self._out)
             self._fail(name, error)
             return
+        finally:
+            job.journal.close()
         job.seconds["finish"] = time.perf_counter() - began
         job.seconds["total"] = time.perf_counter() - job.began
         self._end(self._row(job.plan, record, job.seconds))

@@ -7,9 +7,9 @@ classes. Published classifiers belong to one encoder each; their files load as t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from wsitk.errors import ModelError
-from wsitk.grid import Tile
 from wsitk.model import ObjectClass
 from wsitk.models.cellvit.checkpoint import object_classes
 from wsitk.models.cellvit.torchfile import TorchFile, checked_state, read_torch_file
-from wsitk.objects import ObjectTable
 
-__all__ = ["LinearClassifier", "ClassifierInfo", "TokenClassifier", "load_classifier", "cell_tokens"]
+__all__ = ["LinearClassifier", "ClassifierInfo", "load_classifier", "cell_tokens"]
 
 WIDEST = 65536
 """Bound on layer widths that a file may state."""
@@ -65,27 +63,10 @@ class LinearClassifier(nn.Module):
         return probabilities
 
 
-@final
-@dataclass(frozen=True)
-class TokenClassifier:
-    """A classifier's network and its facts, ready to rename the nuclei of a tile."""
-
-    network: LinearClassifier
-    info: ClassifierInfo
-
-    def relabel(self, objects: ObjectTable, tokens: NDArray[np.floating[Any]], tile: Tile) -> ObjectTable:
-        """Return `objects` (working grid) with class and probability from the tile's `tokens` (C, h, w)."""
-        if not len(objects):
-            return objects
-        origin, pixels = np.array(tile.read.start), (tile.read.shape[0], tile.read.shape[1])
-        cells = cell_tokens(tokens, objects.start - origin, objects.shape, pixels)
-        probability = self.network.classify(cells)
-        best = probability.argmax(axis=1).astype(np.int16)
-        return replace(objects, class_id=best, probability=probability.max(axis=1))
-
-
-def load_classifier(path: str | Path, embed_dim: int | None = None) -> TokenClassifier:
-    """Return a published token classifier, in evaluation mode, with its facts.
+def load_classifier(
+    path: str | Path, embed_dim: int | None = None
+) -> tuple[LinearClassifier, ClassifierInfo]:
+    """Return a published token classifier, in evaluation mode, and its facts.
 
     `embed_dim` is the width of the network whose tokens it shall read; another width is refused (WSI308).
     Two published files (nucls_main, nucls_super) name no classes: theirs are called 'class 0', 'class 1', …
@@ -117,7 +98,7 @@ def load_classifier(path: str | Path, embed_dim: int | None = None) -> TokenClas
         named=bool(names),
         dataset=str(settings["data.dataset"]) if "data.dataset" in settings else None,
     )
-    return TokenClassifier(network.eval(), info)
+    return network.eval(), info
 
 
 def _widths(file: TorchFile) -> tuple[int, int, int]:

@@ -117,7 +117,7 @@ class WindowBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
         grid = (n, h // WINDOW, w // WINDOW, WINDOW, WINDOW, c)
-        tokens = x.permute(0, 2, 3, 1)
+        tokens: Tensor = x.permute(0, 2, 3, 1)
         windows = tokens.reshape(n, grid[1], WINDOW, grid[2], WINDOW, c).transpose(2, 3)
         attended = self.attn(windows.reshape(-1, WINDOW * WINDOW, c)).view(grid).transpose(2, 3)
         tokens = tokens + attended.reshape(n, h, w, c)

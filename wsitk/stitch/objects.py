@@ -165,7 +165,7 @@ class _Front:
         self.edges = settle(self.state, self.edges, place, ready)
 
     def _unread(self, row: int) -> float:
-        """Return where, on the first axis, the windows of the given row of blocks begin: all before is known."""
+        """Return where a row of blocks begins to read, on the first axis: all that lies before is known."""
         grid = self.grid
         if row >= grid.block_counts[0]:
             return np.inf

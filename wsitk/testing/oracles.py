@@ -135,12 +135,11 @@ class OracleModel(_PlainModel):
         labels = decode_labels(np.moveaxis(np.rint(outputs["pixels"]), 0, -1).astype(np.uint8))
         if self.jitter:
             labels = self._shifted(labels, tile)
-        numbers, compact = np.unique(labels, return_inverse=True)
-        if numbers[0] != 0:
-            numbers, compact = np.concatenate([[0], numbers]), compact + 1
-        found = numbers[1:]
+        found = _present(labels)
+        compact = np.zeros(int(labels.max()) + 1, np.int32)
+        compact[found] = np.arange(1, len(found) + 1)
         table = ObjectTable.from_labels(
-            compact.reshape(labels.shape),
+            compact[labels],
             origin=tile.read.start,
             class_id=found % 2,
             probability=0.5 + 0.5 * (found % 7) / 7,
@@ -151,10 +150,9 @@ class OracleModel(_PlainModel):
 
     def _shifted(self, labels: Array, tile: Tile) -> Array:
         seen = ObjectTable.from_labels(labels)
-        numbers = np.unique(labels[labels > 0]).tolist()
         frame = Region((0,) * labels.ndim, labels.shape)
         out = np.zeros_like(labels)
-        for row, number in enumerate(numbers):
+        for row, number in enumerate(_present(labels).tolist()):
             rng = np.random.default_rng((self.seed, tile.index, number))
             shift = rng.integers(-self.jitter, self.jitter + 1, labels.ndim).tolist()
             box = seen.region(row)
@@ -162,6 +160,11 @@ class OracleModel(_PlainModel):
             inside = moved.intersect(frame)
             out[inside.slices()][seen.mask(row)[inside.slices(moved.start)]] = number
         return out
+
+
+def _present(labels: Array) -> Array:
+    """Return the instance numbers that occur, ascending."""
+    return np.flatnonzero(np.bincount(labels.ravel())[1:]) + 1
 
 
 def _spec(

@@ -1,13 +1,12 @@
-"""Training images: reading the public sets, and drawing crops of one size at one spacing from all of them.
+"""Training images: drawing crops of one size at one spacing from sources of several.
 
-`prepare` brings every source into one folder of `<source>_<name>.npz` files with `image` (H, W, 3) uint8,
-`inst` (H, W) uint16, 0 for background, and `spacing` in µm/px. Sources differ in magnification, so crops are
+A folder holds `<source>_<name>.npz` files with `image` (H, W, 3) uint8, `inst` (H, W) uint16, 0 for
+background, and `spacing` in µm/px; `prepare` writes it. Sources differ in magnification, so crops are
 cut at the file's own spacing and resampled once, to the network's.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +23,6 @@ SHARES = {"consep": 0.52, "tcga": 0.16, "cmu": 0.13, "dsb": 0.25, "bg": 0.06}
 """How often each source is drawn, whatever its number of files."""
 
 MOSAIC_SHARE = 0.35
-MIDDLE_DIAMETER = 10.0
-"""Median nucleus diameter in pixels at SPACING, for sources that do not say their magnification."""
 
 
 @dataclass(frozen=True)
@@ -112,80 +109,3 @@ def resample(image: Image, inst: Labels, size: tuple[int, int]) -> tuple[Image, 
     shrunk = cv2.resize(np.ascontiguousarray(image), target, interpolation=how)
     labels = cv2.resize(np.ascontiguousarray(inst), target, interpolation=cv2.INTER_NEAREST_EXACT)
     return shrunk.astype(np.uint8), labels.astype(np.uint16)
-
-
-def prepare(consep: Path, dsb: Path, out: Path) -> None:
-    """Write the prepared files of CoNSeP (256 px patches) and of the H&E part of DSB 2018."""
-    out.mkdir(parents=True, exist_ok=True)
-    tiles = sorted({int(re.findall(r"train_(\d+)_", p.name)[0]) for p in consep.glob("train_*.npz")})
-    for tile in tiles:
-        image, inst = assemble(consep, tile)
-        np.savez(out / f"consep_{tile:02d}.npz", image=image, inst=inst, spacing=np.float32(0.25))
-    for path in sorted(dsb.glob("*.npz")):
-        inst = np.load(path)["inst"]
-        image = read_rgb(path.with_suffix(".png"))
-        spacing = guess_spacing(inst)
-        np.savez(out / f"dsb_{path.stem}.npz", image=image, inst=inst, spacing=np.float32(spacing))
-
-
-def read_rgb(path: Path) -> Image:
-    """An image file as (H, W, 3)."""
-    read = cv2.imread(str(path), cv2.IMREAD_COLOR)
-    if read is None:
-        raise FileNotFoundError(path)
-    return np.ascontiguousarray(read[..., ::-1], np.uint8)
-
-
-def guess_spacing(inst: Labels) -> float:
-    """Spacing of an image that does not state it, such that its median nucleus is of the usual size.
-
-    At least 0.4 of SPACING: a field of large nuclei may well be a field of large nuclei.
-    """
-    area = np.bincount(inst.ravel())[1:]
-    diameter = float(np.sqrt(np.median(area[area > 0]) * 4 / np.pi))
-    return SPACING * float(np.clip(MIDDLE_DIAMETER / diameter, 0.4, 1.2))
-
-
-def assemble(folder: Path, tile: int) -> tuple[Image, Labels]:
-    """The 1000 px CoNSeP tile from its 16 patches.
-
-    Patches 0-8 and 9-11 are the first three columns, row by row; 12-15 are the last column. The last row and
-    column end at the border and so overlap the ones before by 24 px; the others only touch.
-    """
-    edge, offsets = 1000, (0, 256, 512, 744)
-    image = np.zeros((edge, edge, 3), np.uint8)
-    inst = np.zeros((edge, edge), np.uint16)
-    for index in range(16):
-        row, column = (index // 3, index % 3) if index < 12 else (index - 12, 3)
-        stem = folder / f"train_{tile}_{index:03d}"
-        y, x = offsets[row], offsets[column]
-        here = (slice(y, y + 256), slice(x, x + 256))
-        labels = np.load(stem.with_suffix(".npz"))["inst"].astype(np.int64)
-        image[here] = read_rgb(stem.with_suffix(".jpg"))
-        labels = np.where(labels > 0, labels + int(inst.max()), 0).astype(np.uint16)
-        inst[here] = adopt(labels, inst[here])
-    for at in (256, 512):
-        join_seam(inst, inst[at - 1], inst[at])
-        join_seam(inst, inst[:, at - 1], inst[:, at])
-    return image, inst
-
-
-def adopt(labels: Labels, placed: Labels) -> Labels:
-    """Give labels of a new patch the number of the instance placed earlier that they overlap most."""
-    both = (labels > 0) & (placed > 0)
-    table = np.arange(int(labels.max()) + 1, dtype=np.uint16)
-    for label in np.unique(labels[both]):
-        table[label] = np.bincount(placed[both & (labels == label)]).argmax()
-    return table[labels]
-
-
-def join_seam(inst: Labels, before: Labels, after: Labels) -> None:
-    """Merge, in place, instances that a seam cut in two: those that share most of their border on it."""
-    before, after = before.copy(), after.copy()
-    pairs, counts = np.unique(np.stack([before, after]), axis=1, return_counts=True)
-    for (a, b), count in zip(pairs.T, counts, strict=True):
-        longest = max((before == a).sum(), (after == b).sum())
-        if a and b and a != b and count >= 0.6 * longest:
-            inst[inst == b] = a
-            after[after == b] = a
-            before[before == b] = a
