@@ -102,8 +102,9 @@ def _synthetic() -> Path:
     target = home() / "demo" / "synthetic-he.tiff"
     target.parent.mkdir(parents=True, exist_ok=True)
     per_cm = 1e4 / 0.5
+    pixels = SyntheticSlide.make((2048, 2048), count=4000, seed=1).pixels
     tifffile.imwrite(
-        target, SyntheticSlide.make((2048, 2048), count=4000, seed=1).pixels, tile=(256, 256), photometric="rgb", compression="zlib",
+        target, pixels, tile=(256, 256), photometric="rgb", compression="zlib",
         resolution=(per_cm, per_cm), resolutionunit="CENTIMETER",
     )  # fmt: skip
     return target

@@ -46,7 +46,7 @@ def main() -> None:
     else:
         pixels, mpp = synthetic(), 0.25
     table = nuclei(pixels, mpp)
-    print(table[["class", "probability", "area_um2", "circularity", "geometry"]].head())
+    print(table[["class", "probability", "area_um2", "circularity"]].head().to_string(index=False))
     print(f"{len(table)} nuclei, median area {table['area_um2'].median():.1f} µm²")
 
     # It is geometry, so ask it geometric questions: how far is each nucleus from its nearest neighbour?

@@ -56,7 +56,8 @@ def test_another_key_is_refused_and_the_difference_named(tmp_path: Path) -> None
 
 def test_two_processes_cannot_hold_one_journal(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from wsitk.journal import Journal; from wsitk.errors import OutputError\n"
+        "import sys; from pathlib import Path\n"
+        "from wsitk.errors import OutputError; from wsitk.journal import Journal\n"
         "try:\n"
         f"    Journal(Path(sys.argv[1]), {KEY!r}).__enter__()\n"
         "except OutputError as error:\n"

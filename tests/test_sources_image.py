@@ -175,7 +175,7 @@ def test_what_is_no_image(tmp_path: Path) -> None:
 def test_system_errors_keep_their_words(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"WSI100 none\.svs: No such file or directory"):
         open_source(tmp_path / "none.svs")
-    with pytest.raises(SourceError, match="WSI100 .* Is a directory"):
+    with pytest.raises(SourceError, match=r"WSI100 .* Is a directory"):
         open_source(tmp_path)
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from io import BytesIO
 
+import cv2
 import numpy as np
 import pytest
-from PIL import Image
 
 from wsitk.sources.jpeg_check import jpeg_fault
 
@@ -19,17 +18,18 @@ def streams() -> Iterator[tuple[str, bytes, int, int]]:
         height, width = (int(n) for n in rng.integers(9, 200, 2))
         ramp = np.add.outer(np.arange(height), np.arange(width))[..., None] * np.array([1, 2, 3])
         image = rng.integers(0, 256, (height, width, 3)) if number % 3 == 0 else ramp
-        picture = Image.fromarray((image % 256).astype(np.uint8)).convert("L" if number % 4 == 0 else "RGB")
-        options: dict[str, int] = {"quality": int(rng.integers(1, 101)), "subsampling": number % 3}
-        if number % 5 == 0:
-            options["restart_marker_blocks"] = int(rng.integers(1, 9))
-        if number % 7 == 0:
-            options["progressive"] = 1
-        if number % 2:
-            options["optimize"] = 1
-        buffer = BytesIO()
-        picture.save(buffer, "JPEG", **options)
-        yield f"{number} {picture.mode} {height}x{width} {options}", buffer.getvalue(), height, width
+        picture = (image % 256).astype(np.uint8)
+        options = {
+            cv2.IMWRITE_JPEG_QUALITY: int(rng.integers(1, 101)),
+            cv2.IMWRITE_JPEG_SAMPLING_FACTOR: (0x111111, 0x211111, 0x221111)[number % 3],
+            cv2.IMWRITE_JPEG_OPTIMIZE: number % 2,
+            cv2.IMWRITE_JPEG_PROGRESSIVE: int(number % 7 == 0),
+            cv2.IMWRITE_JPEG_RST_INTERVAL: int(rng.integers(1, 9)) if number % 5 == 0 else 0,
+        }
+        stored = picture[..., 0] if number % 4 == 0 else picture
+        done, data = cv2.imencode(".jpg", stored, [n for pair in options.items() for n in pair])
+        assert done
+        yield f"{number} {stored.shape} {options}", data.tobytes(), height, width
 
 
 def test_whole_streams_are_whole() -> None:
@@ -60,9 +60,7 @@ def test_no_bytes_at_all() -> None:
 def test_overwritten_streams() -> None:
     rng = np.random.default_rng(1)
     image = rng.integers(0, 256, (128, 128, 3), dtype=np.uint8)
-    buffer = BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=70)
-    data, missed = buffer.getvalue(), 0
+    data, missed = cv2.imencode(".jpg", image)[1].tobytes(), 0
     start = data.rindex(b"\xff\xda") + 14
     for _ in range(300):
         at = int(rng.integers(start, len(data) - 250))

@@ -14,7 +14,8 @@ from wsitk.sources.spacing import judge, parse_number
 
 APERIO = "Aperio Image Library v10\r\n100x100 JPEG/RGB Q=30|AppMag = 40|MPP = {}|Left = 3"
 OME = (
-    '<?xml version="1.0"?>{}<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0">'
+    '<?xml version="1.0"?>{}<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06">'
+    '<Image ID="Image:0">'
     '<Pixels ID="Pixels:0" DimensionOrder="XYCZT" Type="uint8" SizeX="100" SizeY="100" SizeC="3" SizeZ="1" '
     'SizeT="1" {}><Channel ID="C:0" SamplesPerPixel="3"/><TiffData/></Pixels></Image></OME>'
 )

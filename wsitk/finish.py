@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsitk.density import DensityMap
+from wsitk.errors import SourceError
 from wsitk.geometry import Region
 from wsitk.journal import Journal, write_durably
 from wsitk.model import FieldSpec, ModelSpec
@@ -33,9 +34,10 @@ from wsitk.writers.ids import id_namespace, object_ids
 from wsitk.writers.ledger import TILE_STATUSES, write_ledger
 from wsitk.writers.ome_zarr import MapChannel, write_maps
 from wsitk.writers.parquet import ObjectRows, ObjectWriter
-from wsitk.writers.preview import draw_preview
+from wsitk.writers.preview import PreviewText, draw_preview
 
 __all__ = ["finish"]
+
 
 @dataclass
 class Ledger:
@@ -93,8 +95,8 @@ def finish(
         reasons=ledger.reasons,
         overwrite=True,
     )
-    if settings.preview and spec.ndim == 2:
-        _draw(plan, spec, folder, source, ledger, counts)
+    if settings.preview and spec.objects and spec.ndim == 2 and spec.channels == 3:
+        _draw(plan, spec, folder, source, ledger)
     body = _body(plan, spec, ledger, counts)
     record = provenance(folder, body)
     write_durably(folder / "provenance.json", json.dumps(record, indent=1, sort_keys=True).encode())
@@ -156,7 +158,8 @@ def _write_objects(
     counts = np.zeros(len(spec.classes), np.int64)
     columns = (*SHAPE_COLUMNS, *spec.object_columns)
     bad = ledger.regions(plan, "unreadable", "model_failed")
-    namespace = id_namespace(json.dumps(plan.identity, sort_keys=True), spec.name, f"{spec.version} {spec.weights_sha256}")
+    identity = json.dumps(plan.identity, sort_keys=True)
+    namespace = id_namespace(identity, spec.name, f"{spec.version} {spec.weights_sha256}")
     load = _loader(journal, committed, "objects:", ObjectTable.from_arrays)
     with ObjectWriter(folder / "objects.parquet", spec.classes, columns, overwrite=True) as writer:
         for table in merge_objects(plan.grid, load):
@@ -281,20 +284,43 @@ def _channels(spec: FieldSpec, model: ModelSpec) -> list[MapChannel]:
 # --- picture -----------------------------------------------------------------------------------------
 
 
-def _draw(
-    plan: Plan, spec: ModelSpec, folder: Path, source: Source, ledger: Ledger, counts: Mapping[str, int]
-) -> None:
+def _draw(plan: Plan, spec: ModelSpec, folder: Path, source: Source, ledger: Ledger) -> None:
     pixels, scale = thumbnail(source)
-    tiles = [(plan.level0(plan.grid[i].owned), TILE_STATUSES[s]) for i, s in enumerate(ledger.status.tolist())]
+    text = PreviewText(plan.name, f"{spec.name} {spec.version}", _facts(plan, ledger))
     draw_preview(
         folder / "preview.png",
         pixels,
         (scale[1], scale[0]),
         plan.tissue.mask,
-        tiles,
-        folder / "objects.parquet" if spec.objects else None,
+        folder / "tiles.parquet",
+        folder / "objects.parquet",
         spec.classes,
-        [plan.name, f"{spec.name} {spec.version}", f"{plan.tissue_mm2:.1f} mm² of tissue"],
-        source.read,
+        text,
+        lambda region: _patch(source, region),
+        spacing_um=plan.spacing.mean if plan.spacing else None,
         overwrite=True,
     )
+
+
+def _facts(plan: Plan, ledger: Ledger) -> list[tuple[str, str]]:
+    """Return what the picture tells beside the counts."""
+    tiles = ledger.counts()
+    missing = tiles["unreadable"] + tiles["model_failed"]
+    facts = [
+        (
+            "Tiles",
+            f"{tiles['ok']:,} ok, {tiles['background']:,} glass" + (f", {missing:,} lost" if missing else ""),
+        )
+    ]
+    if plan.spacing:
+        facts.insert(0, ("Tissue", f"{plan.tissue_mm2:.1f} mm²"))
+        facts.append(("Pixel size", f"{plan.spacing.mean:.4f} µm ({plan.spacing.provenance})"))
+    return facts
+
+
+def _patch(source: Source, region: Region) -> NDArray[Any]:
+    """Return pixels for the picture; grey where they can't be read, which the ledger says of those tiles."""
+    try:
+        return source.read(region)
+    except SourceError:
+        return np.full((*region.shape, len(source.channel_names)), 128, source.dtype)

@@ -60,7 +60,7 @@ class Journal:
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = open(self.folder / "lock", "wb")  # noqa: SIM115  (held until __exit__)
+        lock = open(self.folder / "lock", "wb")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -269,7 +269,7 @@ class Runner:
             journal.close()
             self._already_done(plan, folder)
             return None
-        todo = [t for t in plan.tasks()]
+        todo = list(plan.tasks())
         done = journal.committed()
         job = _Job(plan, folder, journal, {t.block for t in todo} - done.keys(), time.perf_counter())
         self._jobs[plan.name] = job

@@ -46,10 +46,10 @@ class HoverSettings:
     """
 
     threshold: float = 0.5
-    slope_sigma_um: float = 0.35
-    edge_per_um: float = 0.1
+    slope_sigma_um: float = 0.4
+    edge_per_um: float = 0.08
     open_um: float = 0.25
-    min_marker_um2: float = 0.5
+    min_marker_um2: float = 1.5
     min_object_um2: float = 3.0
     mode: Literal["default", "upstream"] = "default"
 

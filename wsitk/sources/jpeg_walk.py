@@ -176,7 +176,7 @@ def stream(data: Any, tile: Any, fast: Any, last: Any, delta: Any, symbols: Any)
             at += 1 if marker == 0xFF else 2
             continue
         if marker == 0xD9:
-            return 0 if seen >= frame.shape[0] else 1
+            return 0 if seen and seen >= frame.shape[0] else 1
         if at + 4 > size:
             break
         length = int(data[at + 2]) * 256 + int(data[at + 3])

@@ -1,10 +1,11 @@
 """`preview.png`: one picture of a slide's result, for a person who wants to know whether it is right.
 
-    ┌ title, facts ────────────────────────────────┐
-    │ overview: tissue, tiles, cells   │  classes   │
-    ├──────────────────────────────────┴────────────┤
-    │ three windows at high zoom, with outlines     │
-    └───────────────────────────────────────────────┘
+    ┌ title, facts ────────────────────────┐      ┌ title, facts ────────────────┐
+    │ overview: tissue, tiles, │  classes  │      │ overview │ classes │ windows │
+    │ objects                  │           │  or  │          │         │ at high │
+    ├──────────────────────────┴───────────┤      │          │         │ zoom    │
+    │ three windows at high zoom           │      └──────────────────────────────┘
+    └──────────────────────────────────────┘
 """
 
 from __future__ import annotations
