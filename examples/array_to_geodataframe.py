@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["wsitk"]
+# dependencies = ["wsitk", "pillow"]
 # ///
 """An image in memory in, a GeoDataFrame of nuclei out.
 

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["wsitk"]
+# dependencies = ["wsitk", "pandas"]
 # ///
 """A folder of slides in, one table out: nuclei per mm² of tissue, and what failed and why.
 
@@ -27,10 +27,12 @@ def make_slides(folder: Path) -> None:
 
     per_cm = 1e4 / 0.25
     for name, count in (("sparse.tiff", 20), ("dense.tiff", 120)):
-        pixels = SyntheticSlide.make((900, 900), count=count, radius=(10.0, 18.0), seed=count).pixels
+        pixels = np.full((1024, 1024, 3), 245, np.uint8)  # glass
+        tissue = SyntheticSlide.make((768, 768), count=count, radius=(10.0, 18.0), seed=count)
+        pixels[128:896, 128:896] = tissue.pixels
         tifffile.imwrite(
             folder / name,
-            np.asarray(pixels),
+            pixels,
             tile=(256, 256),
             photometric="rgb",
             compression="zlib",

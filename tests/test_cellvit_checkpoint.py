@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from cellvit_golden import TINY_VIT, check_against_golden, filled_state, manifest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wsitk.errors import ModelError
@@ -286,7 +286,7 @@ def small_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     return path, path.read_bytes()
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300)
 @given(st.data())
 def test_damage_is_noticed_or_without_effect(small_file: tuple[Path, bytes], data: st.DataObject) -> None:
     path, content = small_file

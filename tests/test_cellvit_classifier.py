@@ -104,7 +104,7 @@ def naive_tokens(tokens: np.ndarray, start: np.ndarray, stop: np.ndarray, patch:
     return rows
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_cell_tokens_equal_a_plain_loop(data: st.DataObject) -> None:
     patch, h, w = (

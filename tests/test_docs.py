@@ -96,11 +96,12 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def write_slide(path: Path) -> None:
-    """Write a tiled TIFF of synthetic H&E, 0.25 µm per pixel."""
-    pixels = SyntheticSlide.make((768, 768), count=60, radius=(10.0, 18.0), seed=3).pixels
+    """Write a tiled TIFF of synthetic H&E with glass around it, 0.25 µm per pixel."""
+    pixels = np.full((1024, 1024, 3), 245, np.uint8)
+    pixels[192:832, 192:832] = SyntheticSlide.make((640, 640), count=60, radius=(10.0, 18.0), seed=3).pixels
     per_cm = 1e4 / 0.25
     tifffile.imwrite(
-        path, np.asarray(pixels), tile=(256, 256), photometric="rgb", compression="zlib",
+        path, pixels, tile=(256, 256), photometric="rgb", compression="zlib",
         resolution=(per_cm, per_cm), resolutionunit="CENTIMETER",
     )  # fmt: skip
 

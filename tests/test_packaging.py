@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -76,3 +80,21 @@ def test_sdist_holds_no_links(wheel: Path) -> None:
         inner = {m.name.split("/", 1)[1] for m in archive.getmembers() if m.isfile()}
     assert {"pyproject.toml", "LICENSE", "README.md", "models/__init__.py", "cli/main.py"} <= inner
     assert not any(n.startswith(("wsitk/models/", "wsitk/cli/")) for n in inner)
+
+
+def test_what_is_imported_is_declared() -> None:
+    """A package that comes along with another one today may not do so tomorrow."""
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        declared = {re.split(r"[\[<>=! ]", line)[0] for line in tomllib.load(file)["project"]["dependencies"]}
+    imported: dict[str, str] = {}
+    for folder in FOLDERS:
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                imported |= {name.partition(".")[0]: path.relative_to(ROOT).as_posix() for name in names}
+    homes = packages_distributions()
+    for name, where in imported.items():
+        if name not in sys.stdlib_module_names and name != "wsitk":
+            ours = {d.lower() for d in homes.get(name, [name])}
+            assert ours & declared, f"{where} imports {name}; declare {' or '.join(ours)} in pyproject.toml"

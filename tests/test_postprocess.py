@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
 
@@ -271,6 +272,14 @@ def test_nuclei_do_not_change_with_what_lies_elsewhere_but_upstreams_do() -> Non
 
     assert np.array_equal(segment(prob, hv, 0.25)[away], segment(prob, disturbed, 0.25)[away])
     assert not np.array_equal(upstream(hv)[away], upstream(disturbed)[away])
+
+
+def test_threads_do_not_change_the_result() -> None:
+    prob, hv = noisy_nuclei()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda k: segment(np.roll(prob, k, 0), np.roll(hv, k, 1), 0.25), range(8)))
+    for k, labels in enumerate(found):
+        assert np.array_equal(labels, segment(np.roll(prob, k, 0), np.roll(hv, k, 1), 0.25))
 
 
 def test_touching_discs_are_cut_where_they_touch() -> None:

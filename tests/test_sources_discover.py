@@ -13,6 +13,9 @@ from wsitk.sources.dicom_header import WSI_STORAGE, read_header
 from wsitk.sources.discover import companions, expand_inputs
 
 
+CT_STORAGE = "1.2.840.10008.5.1.4.1.1.2"
+
+
 def touch(root: Path, *names: str, content: bytes = b"x") -> None:
     for name in names:
         path = root / name
@@ -149,7 +152,7 @@ def test_names_are_safe_and_different(tmp_path: Path) -> None:
     raw = os.fsencode(tmp_path) + b"/d/\xff\xfe.svs"
     with open(raw, "wb") as file:
         file.write(b"x")
-    found = [n for n in names(tmp_path / "d", *(tmp_path / "d" / n for n in odd))]
+    found = names(tmp_path / "d", *(tmp_path / "d" / n for n in odd))
     assert len(found) == len(set(found)) == len(odd) + len(long) + 1
     for name in found:
         assert name.isprintable()
@@ -205,7 +208,7 @@ def test_a_dicom_series_is_one_input(tmp_path: Path) -> None:
     label = "ORIGINAL\\PRIMARY\\LABEL\\NONE"
     for name, data in {
         "s/0.dcm": dicom("1.1", image_type=label), "s/1.dcm": dicom("1.1"), "s/2.dcm": dicom("1.1"),
-        "t/b.dcm": dicom("1.2"), "t/a.dcm": dicom("1.2"), "t/c": dicom("1.3"), "t/ct.dcm": dicom("1.4", sop="1.2.840.10008.5.1.4.1.1.2"),
+        "t/b.dcm": dicom("1.2"), "t/a.dcm": dicom("1.2"), "t/c": dicom("1.3"), "t/ct.dcm": dicom("1.4", sop=CT_STORAGE),
         "u/x.dcm": dicom("1.5"), "u/sub/y.svs": b"x",
     }.items():  # fmt: skip
         touch(tmp_path, name, content=data)

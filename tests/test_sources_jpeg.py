@@ -40,7 +40,7 @@ def test_whole_streams_are_whole() -> None:
 
 def test_frames_are_held_against_their_tile() -> None:
     for title, data, height, width in list(streams())[:20]:
-        assert jpeg_fault(data, None, (height - 1, width)) == "JPEG frame larger than its tile", title
+        assert "larger than its tile" in jpeg_fault(data, None, (height - 1, width)), title
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])

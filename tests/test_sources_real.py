@@ -48,7 +48,7 @@ def test_every_file_opens_or_says_why(data: Path) -> None:
                 assert source.spacing is not None, name
                 assert source.spacing.um == pytest.approx((spacing, spacing)), name
     with pytest.raises(
-        SourceError, match="WSI101 unopenable.tiff: no reader takes it: TIFF compression 52479"
+        SourceError, match=r"WSI101 unopenable\.tiff: no reader takes it: TIFF compression 52479"
     ) as caught:
         open_source(found["openslide_fixtures/unopenable.tiff"])
     assert "\n" not in str(caught.value)
@@ -63,9 +63,10 @@ def test_a_junk_resolution_tag_is_refused(data: Path) -> None:
 
 
 def test_an_unreadable_tile_is_an_error_not_black(data: Path) -> None:
-    with open_source(data / "data/wsi/openslide_fixtures/unreadable.svs") as source:
-        with pytest.raises(SourceError, match=r"WSI111 unreadable\.svs: level 0 tile \(0,0\)"):
-            source.read(Region((0, 0), (16, 16)))
+    words = r"WSI111 unreadable\.svs: level 0 tile \(0,0\): Corrupt JPEG data"
+    path = data / "data/wsi/openslide_fixtures/unreadable.svs"
+    with open_source(path) as source, pytest.raises(SourceError, match=words):
+        source.read(Region((0, 0), (16, 16)))
 
 
 @pytest.mark.parametrize("name", [CMU, "slide.tiff", "boxes.tiff", "openslide_fixtures/small.svs"])
@@ -79,7 +80,7 @@ def test_direct_pixels_equal_those_of_openslide(data: Path, name: str) -> None:
 def test_jpeg_2000_equals_that_of_openslide_within_one(data: Path) -> None:
     path = data / "data/wsi" / TCGA
     with open_source(path, reader="tiff") as ours, open_source(path, reader="openslide") as theirs:
-        for corner in [(5000, 9000), (6100, 20_000)]:
+        for corner in [(6400, 3600), (10_000, 17_600)]:
             region = Region(corner, (300, 400))
             a, b = ours.read(region).astype(int), theirs.read(region).astype(int)
             assert a.std() > 5
@@ -105,7 +106,9 @@ def test_dicom_and_svs_of_one_region_agree(data: Path) -> None:
         with open_source(item.path, name=item.name) as series:
             assert (item.name, series.spacing) == ("dicom_cmu1", open_source(item.path).spacing)
             region = Region((700, 500), (400, 300))
-            np.testing.assert_array_equal(svs.read(region), series.read(region))
+            a, b = svs.read(region).astype(int), series.read(region).astype(int)
+            assert a.std() > 5
+            assert np.abs(a - b).mean() < 3  # its maker compressed it again
             assert series.identity()["files"] == 4
 
 
@@ -146,6 +149,6 @@ def test_a_damaged_tile_costs_that_tile_only(data: Path, tmp_path: Path, name: s
 def test_a_slide_cut_short_is_refused(data: Path, tmp_path: Path, size: int) -> None:
     path = tmp_path / "a.svs"
     path.write_bytes((data / "data/wsi" / CMU).read_bytes()[:size])
-    with pytest.raises(SourceError, match="WSI10[12]") as caught:
+    with pytest.raises(SourceError, match=r"WSI10[12]") as caught:
         open_source(path)
     assert "\n" not in str(caught.value)

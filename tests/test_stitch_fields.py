@@ -18,7 +18,7 @@ from wsitk.stitch.fields import FieldMerger, FieldPart, FieldStitcher, finish
 from wsitk.testing import ConstantModel, IdentityModel, NoiseModel, SyntheticSlide, naive_fields, run_tiles
 
 PLANE = TileGrid(Region((0, 0), (97, 83)), (32, 28), (6, 4), (-3, -5), (2, 2))
-VOLUME = TileGrid(Region((0, 0, 0), (30, 41, 37)), (14, 18, 16), (2, 3, 4), (-1, 0, -2), (2, 1, 2))
+VOLUME = TileGrid(Region((0, 0, 0), (24, 31, 21)), (14, 18, 16), (2, 3, 4), (-1, 0, -2), (2, 1, 2))
 # A region of interest that starts away from zero, with halos larger than cells: nine tiles on a pixel.
 DENSE = TileGrid(Region((11, 7), (31, 40)), (20, 22), (7, 8), (9, 4), (2, 3))
 GRIDS = {"plane": PLANE, "volume": VOLUME, "dense": DENSE}
@@ -59,7 +59,7 @@ def textbook(grid: TileGrid, spec: FieldSpec, skip: frozenset[int] = frozenset()
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("name", GRIDS)
-@pytest.mark.parametrize("value", [0.1, 1 / 3, 0.7, -2.5e-7, 123.456])
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 123.456])
 def test_a_constant_comes_back_to_the_last_bit(name: str, window: str, value: float) -> None:
     grid = GRIDS[name]
     model = ConstantModel(value, tile=grid.tile, halo=grid.halo, window=window, channels=("a", "b"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from wsitk.stitch.windows import WINDOWS, product, window
+from wsitk.stitch.windows import WINDOWS, outer, window
 
 
 @pytest.mark.parametrize("name", WINDOWS)
@@ -41,8 +41,8 @@ def test_crop_written_out() -> None:
     assert window("crop", (6,), (2,))[0].tolist() == [0, 0, 1, 1, 0, 0]
 
 
-def test_product_is_separable() -> None:
+def test_the_outer_product_is_separable() -> None:
     axes = window("hann", (6, 8, 5), (1, 2, 0))
-    whole = product(axes)
+    whole = outer(axes)
     assert whole.shape == (6, 8, 5)
     assert whole[2, 3, 4] == axes[0][2] * axes[1][3] * axes[2][4]

@@ -36,7 +36,7 @@ class WsitkError(Exception):
         self.code = code
         self.message = message
 
-    def __reduce__(self) -> tuple[type[WsitkError], tuple[str, str]]:
+    def __reduce__(self) -> tuple[type[WsitkError], tuple[str, ...]]:
         """Keep code and message when the error crosses a process border."""
         return type(self), (self.code, self.message)
 

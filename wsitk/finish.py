@@ -34,7 +34,7 @@ from wsitk.writers.ids import id_namespace, object_ids
 from wsitk.writers.ledger import TILE_STATUSES, write_ledger
 from wsitk.writers.ome_zarr import MapChannel, write_maps
 from wsitk.writers.parquet import ObjectRows, ObjectWriter
-from wsitk.writers.preview import PreviewText, draw_preview
+from wsitk.writers.preview import draw_preview
 
 __all__ = ["finish"]
 
@@ -286,7 +286,6 @@ def _channels(spec: FieldSpec, model: ModelSpec) -> list[MapChannel]:
 
 def _draw(plan: Plan, spec: ModelSpec, folder: Path, source: Source, ledger: Ledger) -> None:
     pixels, scale = thumbnail(source)
-    text = PreviewText(plan.name, f"{spec.name} {spec.version}", _facts(plan, ledger))
     draw_preview(
         folder / "preview.png",
         pixels,
@@ -295,27 +294,23 @@ def _draw(plan: Plan, spec: ModelSpec, folder: Path, source: Source, ledger: Led
         folder / "tiles.parquet",
         folder / "objects.parquet",
         spec.classes,
-        text,
+        _lines(plan, spec, ledger),
         lambda region: _patch(source, region),
         spacing_um=plan.spacing.mean if plan.spacing else None,
         overwrite=True,
     )
 
 
-def _facts(plan: Plan, ledger: Ledger) -> list[tuple[str, str]]:
-    """Return what the picture tells beside the counts."""
+def _lines(plan: Plan, spec: ModelSpec, ledger: Ledger) -> list[str]:
+    """Return what the picture says: title, model, facts."""
     tiles = ledger.counts()
     missing = tiles["unreadable"] + tiles["model_failed"]
-    facts = [
-        (
-            "Tiles",
-            f"{tiles['ok']:,} ok, {tiles['background']:,} glass" + (f", {missing:,} lost" if missing else ""),
-        )
-    ]
+    lost = f", {missing:,} lost" if missing else ""
+    lines = [plan.name, f"{spec.name} {spec.version}"]
     if plan.spacing:
-        facts.insert(0, ("Tissue", f"{plan.tissue_mm2:.1f} mm²"))
-        facts.append(("Pixel size", f"{plan.spacing.mean:.4f} µm ({plan.spacing.provenance})"))
-    return facts
+        lines.append(f"Tissue: {plan.tissue_mm2:.1f} mm²")
+        lines.append(f"Pixel size: {plan.spacing.mean:.4f} µm ({plan.spacing.provenance})")
+    return [*lines, f"Tiles: {tiles['ok']:,} ok, {tiles['background']:,} glass{lost}"]
 
 
 def _patch(source: Source, region: Region) -> NDArray[Any]:

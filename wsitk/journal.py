@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from wsitk.errors import OutputError
 
-__all__ = ["Journal", "write_durably"]
+__all__ = ["Journal", "discard_other_run", "write_durably"]
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -136,3 +136,24 @@ class Journal:
     def forget_blocks(self) -> None:
         """Drop the blocks once the results made from them are complete."""
         shutil.rmtree(self._blocks, ignore_errors=True)
+
+
+def discard_other_run(folder: Path, key: Mapping[str, Any]) -> None:
+    """Remove the results in `folder` if they belong to another run key; only files that wsitk wrote.
+
+    What the record does not name stays.
+    """
+    stored = folder / ".wsitk" / "key.json"
+    if not stored.is_file() or json.loads(stored.read_bytes()) == dict(key):
+        return
+    record = folder / "provenance.json"
+    names = json.loads(record.read_bytes())["outputs"] if record.is_file() else {}
+    for name in names:
+        path = folder / name
+        if path.resolve().is_relative_to(folder.resolve()):
+            path.unlink(missing_ok=True)
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir() and ".wsitk" not in path.parts and not any(path.iterdir()):
+            path.rmdir()
+    record.unlink(missing_ok=True)
+    shutil.rmtree(folder / ".wsitk")

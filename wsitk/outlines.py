@@ -33,6 +33,16 @@ def _unpack(bits: Array, height: int, width: int) -> Array:
 
 
 @compiled
+def _edges(mask: Array) -> int:
+    """Count the pixel edges between inside and outside of a framed mask."""
+    count = 0
+    for y in range(mask.shape[0] - 1):
+        for x in range(mask.shape[1] - 1):
+            count += (mask[y, x] != mask[y + 1, x]) + (mask[y, x] != mask[y, x + 1])
+    return count
+
+
+@compiled
 def _components(mask: Array) -> tuple[Array, int]:
     """Return the 4-connected components of a framed mask, numbered from 1 in raster order, and how many."""
     width = mask.shape[1]
@@ -122,16 +132,14 @@ def _rings(
 
 
 @compiled
-def trace(
-    bits: Array, offset: Array, start: Array, shape: Array, size: Array
-) -> tuple[Array, Array, Array, Array]:
+def trace(bits: Array, offset: Array, start: Array, shape: Array) -> tuple[Array, Array, Array, Array]:
     """Return twice the coordinates int32 (V, 2) as (x, y), and the ends of rings and polygons, and objects.
 
     The arguments are the columns of a two-dimensional ObjectTable. Rings are closed; a polygon's outer ring
     comes first; an object has one polygon for each of its components, in raster order. Ends are offsets
     without the leading zero, which the offsets of the objects (N + 1) have.
     """
-    count = len(size)
+    count = len(shape)
     xy = np.empty((64 * count + 64, 2), np.int32)
     ring_end, polygon_end = np.zeros(count + 64, np.int64), np.zeros(count + 64, np.int64)
     objects = np.zeros(count + 1, np.int64)
@@ -139,10 +147,10 @@ def trace(
     for i in range(count):
         mask = _unpack(bits[offset[i] : offset[i + 1]], shape[i, 0], shape[i, 1])
         low_y, low_x = 2 * (start[i, 0] - 1), 2 * (start[i, 1] - 1)
-        # Four edges and a closing point for each pixel at the most; a component needs a pixel.
-        xy = _reserve2(xy, points, np.int64(5) * size[i] + 8)
-        ring_end = _reserve1(ring_end, rings, size[i] + 1)
-        polygon_end = _reserve1(polygon_end, polygons, size[i] + 1)
+        edges = _edges(mask)  # a ring has four at least, and one closing point
+        xy = _reserve2(xy, points, edges + edges // 4)
+        ring_end = _reserve1(ring_end, rings, edges // 4)
+        polygon_end = _reserve1(polygon_end, polygons, edges // 4)
         first_point, first_ring = points, rings
         points, rings, outer = _rings(mask, 1, low_y, low_x, xy, points, ring_end, rings)
         if outer == 1:

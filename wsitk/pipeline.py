@@ -19,27 +19,30 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
+from wsitk.blocks import BlockError, BlockReport, BlockTask
 from wsitk.contact_sheet import write_contact_sheet
 from wsitk.device import choose_device, fix_arithmetic
-from wsitk.errors import OutputError, SourceError, WorkError, WsitkError
+from wsitk.errors import OutputError, WsitkError
 from wsitk.finish import finish
-from wsitk.journal import Journal
+from wsitk.journal import Journal, discard_other_run
 from wsitk.model import ModelSpec, TileModel
+from wsitk.outcome import done_row, exit_code, failed_row, known_error
 from wsitk.plan import Plan, make_plan, resolve_spec, working_image
-from wsitk.record import InputRow, peak_memory_mib, read_json, write_run, write_summary
+from wsitk.predictor import Predictor
+from wsitk.record import InputRow, read_json, write_run, write_summary
 from wsitk.registry import load_model
 from wsitk.result import Result
 from wsitk.settings import Settings, available_cpus
 from wsitk.sources import open_source
 from wsitk.sources.base import Source, SourceRef
 from wsitk.sources.working import WorkingImage
-from wsitk.worker import BlockError, BlockReport, BlockTask, BlockWorker
+from wsitk.worker import BlockWorker
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Event", "Input", "Result", "Runner", "run"]
+__all__ = ["Event", "Input", "Result", "Runner", "exit_code", "run"]
 
 
 @dataclass(frozen=True)
@@ -211,12 +214,12 @@ class Runner:
                 yield task
 
         fresh = issue(self._tasks(inputs, finisher, locks))
+        predictor = Predictor(self._model, self._device, self._settings.precision)
         again: list[BlockTask] = []
         while True:
             worker = BlockWorker(
                 self._model,
-                self._device,
-                precision=self._settings.precision,
+                predictor,
                 workers=self._settings.workers or 1,
                 groups=self._settings.batch,
                 open_image=self._image,
@@ -259,7 +262,7 @@ class Runner:
         folder = self._out / plan.name
         try:
             if self._settings.overwrite:
-                discard(folder, plan.key)
+                discard_other_run(folder, plan.key)
             journal = locks.enter_context(Journal(folder, plan.key))
         except (WsitkError, OSError) as error:
             self._fail(plan.name, error)
@@ -321,76 +324,21 @@ class Runner:
             job.journal.close()
         job.seconds["finish"] = time.perf_counter() - began
         job.seconds["total"] = time.perf_counter() - job.began
-        self._end(self._row(job.plan, record, job.seconds))
+        self._end(done_row(job.plan, record, job.seconds, self._settings.max_unreadable))
 
     def _already_done(self, plan: Plan, folder: Path) -> None:
-        self._end(self._row(plan, read_json(folder / "provenance.json"), {}))
-
-    def _row(self, plan: Plan, record: Mapping[str, Any], seconds: Mapping[str, float]) -> InputRow:
-        tiles, objects = record["tiles"], record.get("objects", {})
-        tried = tiles["ok"] + tiles["unreadable"] + tiles["model_failed"]
-        gaps = tiles["unreadable"] + tiles["model_failed"] > self._settings.max_unreadable * tried
-        message = str(record.get("remark", ""))
-        if gaps:
-            message = (
-                f"{tiles['unreadable']} tiles unreadable and {tiles['model_failed']} failed in the model of {tried}; "
-                f"more than {self._settings.max_unreadable:.1%}; see tiles.parquet"
-            )
-        return InputRow(
-            plan.name,
-            "gaps" if gaps else "done",
-            "WSI411" if gaps else "",
-            message,
-            plan.spacing.mean if plan.spacing else None,
-            plan.spacing.provenance if plan.spacing else "",
-            plan.tissue_mm2 if plan.spacing else None,
-            tiles,
-            objects,
-            seconds,
-            peak_memory_mib(),
-            int(gaps),
-        )
+        record = read_json(folder / "provenance.json")
+        self._end(done_row(plan, record, {}, self._settings.max_unreadable))
 
     def _fail(self, name: str, error: Exception) -> None:
-        known = error if isinstance(error, WsitkError) else _named(name, error)
-        message = " ".join(known.message.split())
+        known = known_error(name, error)
         self.errors.append(known)
-        self._end(InputRow(name, "failed", known.code, message, exit_code=known.exit_code))
+        self._end(failed_row(name, known))
 
     def _end(self, row: InputRow) -> None:
         self.rows[row.input] = row
         facts = {"status": row.status, "code": row.code, "message": row.message, "objects": dict(row.objects)}
         self._emit(Event("ended", row.input, facts))
-
-
-def discard(folder: Path, key: Mapping[str, Any]) -> None:
-    """Remove the results in `folder` if they belong to another run key; only files that wsitk wrote.
-
-    Raises OutputError (WSI512) if a file is there that the record does not name.
-    """
-    import shutil
-
-    stored = folder / ".wsitk" / "key.json"
-    if not stored.is_file() or read_json(stored) == dict(key):
-        return
-    record = folder / "provenance.json"
-    names = read_json(record)["outputs"] if record.is_file() else {}
-    for name in names:
-        path = folder / name
-        if path.resolve().is_relative_to(folder.resolve()):
-            path.unlink(missing_ok=True)
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir() and ".wsitk" not in path.parts and not any(path.iterdir()):
-            path.rmdir()
-    record.unlink(missing_ok=True)
-    shutil.rmtree(folder / ".wsitk")
-
-
-def _named(name: str, error: Exception) -> WsitkError:
-    """Return an error that wsitk does not know as one it does: a file's, or a bug's."""
-    if isinstance(error, OSError):
-        return SourceError("WSI190", f"{name}: {error}")
-    return WorkError("WSI412", f"{name}: {type(error).__name__}: {error}; please report this")
 
 
 def _raise_if_disk(error: BaseException | None, out: Path) -> None:
@@ -399,11 +347,3 @@ def _raise_if_disk(error: BaseException | None, out: Path) -> None:
         raise OutputError(
             "WSI501", f"{out}: {os.strerror(error.errno)}; free some space and run the same command to resume"
         ) from error
-
-
-def exit_code(rows: Iterable[InputRow]) -> int:
-    """Return 0 if every input is done, 3 if the environment stopped one, else 1."""
-    codes = {row.exit_code for row in rows}
-    if not codes - {0}:
-        return 0
-    return 3 if 3 in codes else 1

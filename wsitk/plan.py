@@ -22,7 +22,7 @@ from wsitk.sources.base import Source, SourceRef
 from wsitk.sources.spacing import require_spacing
 from wsitk.sources.working import WorkingImage
 from wsitk.tissue import TissueMask, everywhere, find_tissue, from_geojson, thumbnail
-from wsitk.worker import BlockTask
+from wsitk.blocks import BlockTask
 
 __all__ = ["Plan", "make_plan", "working_image", "resolve_spec"]
 

@@ -71,9 +71,7 @@ def rings(table: ObjectTable) -> RingTable:
         raise UsageError("WSI065", f"outlines need two-dimensional objects, got {table.ndim} dimensions")
     from wsitk.outlines import trace
 
-    doubled, ring_end, polygon_end, objects = trace(
-        table.bits, table.offset, table.start, table.shape, table.size
-    )
+    doubled, ring_end, polygon_end, objects = trace(table.bits, table.offset, table.start, table.shape)
     zero = np.zeros(1, np.int64)
     return RingTable(
         xy=doubled / 2.0,

@@ -229,7 +229,7 @@ class CompactCellViT(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         half, quarter, eighth, middle, last = self.encoder(x)
         deep = self.decoder3(torch.cat([middle, last], dim=1))
-        pixels = F.pixel_unshuffle(x, 2)
+        pixels = F.pixel_unshuffle(x, 2).to(half.dtype)
         finest = self.decoder0(torch.cat([half, pixels], dim=1))
         skips = [self.decoder2(eighth), self.decoder1(quarter), finest]
         return {

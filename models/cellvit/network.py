@@ -9,14 +9,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from wsitk.errors import ModelError
 from wsitk.models.cellvit.config import VARIANTS, CellViTConfig
-from wsitk.models.cellvit.decoder import Branch, Conv2DBlock, Deconv2DBlock, resize, skip_decoders
+from wsitk.models.cellvit.decoder import Branch, resize, skip_decoders
 from wsitk.models.cellvit.encoders import build_encoder
 
-__all__ = ["CellViT", "CellViTConfig", "VARIANTS", "empty_network", "fold_norms"]
+__all__ = ["CellViT", "CellViTConfig", "VARIANTS", "empty_network"]
 
 
 class CellViT(nn.Module):
@@ -77,24 +76,6 @@ class CellViT(nn.Module):
                 f"CellViT tile of {' x '.join(map(str, x.shape[2:]))} px: wanted sides that are multiples of "
                 f"{align}{limit}; choose another --tile",
             )
-
-
-def fold_norms(network: CellViT) -> CellViT:
-    """Merge the decoder's batch norms into the convolutions before them, in place; for evaluation only.
-
-    The maps stay the same within float32's rounding, with 35 passes over feature maps fewer. The state
-    dict is not upstream's any more.
-    """
-    for block in network.modules():
-        if isinstance(block, Conv2DBlock | Deconv2DBlock):
-            layers = block.block
-            for i, norm in enumerate(layers):
-                if isinstance(norm, nn.BatchNorm2d):
-                    convolution = layers[i - 1]
-                    assert isinstance(convolution, nn.Conv2d)
-                    layers[i - 1] = fuse_conv_bn_eval(convolution, norm)
-                    layers[i] = nn.Identity()
-    return network
 
 
 def empty_network(config: CellViTConfig) -> CellViT:

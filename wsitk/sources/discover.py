@@ -59,7 +59,7 @@ def expand_inputs(inputs: Sequence[str | os.PathLike[str]]) -> Discovery:
     called by its folder if that holds nothing else, by its first file otherwise. Raises UsageError (WSI023)
     for a path that does not exist or a pattern that matches nothing.
     """
-    skipped: Counter[str] = Counter()
+    skipped: dict[str, str] = {}
     found: list[_Found] = []
     roots: list[str] = []
     for given in inputs:
@@ -70,7 +70,7 @@ def expand_inputs(inputs: Sequence[str | os.PathLike[str]]) -> Discovery:
         raise UsageError("WSI023", "no inputs; name files, folders or patterns")
     chosen = _without_parts(_once(found, skipped), skipped)
     items = _named(chosen, os.path.commonpath(roots))
-    return Discovery(tuple(items), MappingProxyType(dict(sorted(skipped.items()))))
+    return Discovery(tuple(items), MappingProxyType(dict(sorted(Counter(skipped.values()).items()))))
 
 
 def _matches(given: str) -> Iterator[tuple[str, bool]]:
@@ -85,7 +85,7 @@ def _matches(given: str) -> Iterator[tuple[str, bool]]:
         yield os.path.abspath(match), False
 
 
-def _walk(path: str, named: bool, skipped: Counter[str], above: set[tuple[int, int]]) -> Iterator[_Found]:
+def _walk(path: str, named: bool, skipped: dict[str, str], above: set[tuple[int, int]]) -> Iterator[_Found]:
     """Yield the files at or below `path` in sorted order; folders reached twice on one way are cut."""
     if not os.path.isdir(path):
         yield _Found(path, named)
@@ -93,38 +93,38 @@ def _walk(path: str, named: bool, skipped: Counter[str], above: set[tuple[int, i
     state = os.stat(path)
     key = (state.st_dev, state.st_ino)
     if key in above:
-        skipped["a link that leads back to its own folder"] += 1
+        skipped[path] = "a link that leads back to its own folder"
         return
     try:
         entries = sorted(os.listdir(path))
     except OSError as error:
-        skipped[f"a folder that cannot be read ({error.strerror})"] += 1
+        skipped[path] = f"a folder that cannot be read ({error.strerror})"
         return
     present = set(entries)
     for entry in entries:
         inner = os.path.join(path, entry)
         if entry.startswith("."):  # also macOS's AppleDouble files, ._a.svs
-            skipped["hidden"] += 1
+            skipped[inner] = "hidden"
         elif not os.path.isdir(inner):
             yield _Found(inner, False)
         elif os.path.splitext(entry)[1].lower() in _UNSUPPORTED:
-            skipped[_UNSUPPORTED[os.path.splitext(entry)[1].lower()]] += 1
+            skipped[inner] = _UNSUPPORTED[os.path.splitext(entry)[1].lower()]
         elif f"{entry}.mrxs" not in present:
             yield from _walk(inner, False, skipped, above | {key})
 
 
-def _once(found: Sequence[_Found], skipped: Counter[str]) -> list[_Found]:
+def _once(found: Sequence[_Found], skipped: dict[str, str]) -> list[_Found]:
     """Return each file once, named ones first among equals; leave out what is no slide or image."""
     kept: dict[str, _Found] = {}
     for item in sorted(found, key=lambda f: (not f.named, f.path)):
         real = os.path.realpath(item.path)
         if real in kept:
             if kept[real].path != item.path:
-                skipped["the same file under another name"] += 1
+                skipped[item.path] = "the same file under another name"
             continue
         reason = "" if item.named else _refusal(item.path)
         if reason:
-            skipped[reason] += 1
+            skipped[item.path] = reason
         else:
             kept[real] = item
     return sorted(kept.values(), key=lambda f: f.path)
@@ -152,7 +152,7 @@ def _header(path: str) -> SeriesFile | None:
         return None
 
 
-def _without_parts(found: Sequence[_Found], skipped: Counter[str]) -> list[tuple[str, str]]:
+def _without_parts(found: Sequence[_Found], skipped: dict[str, str]) -> list[tuple[str, str]]:
     """Return (path, folder of a whole series or empty); parts of other inputs are merged into them."""
     parts = {
         os.path.realpath(p)
@@ -166,17 +166,16 @@ def _without_parts(found: Sequence[_Found], skipped: Counter[str]) -> list[tuple
         suffix = os.path.splitext(item.path)[1].lower()
         header = _header(item.path) if suffix in (".dcm", "") else None
         if os.path.realpath(item.path) in parts and not item.named:
-            skipped["part of another slide"] += 1
+            skipped[item.path] = "part of another slide"
         elif header is not None and header.is_slide:
             series.setdefault((os.path.dirname(item.path), header.series), []).append(item.path)
         else:
             chosen.append((item.path, ""))
     for (folder, _), files in series.items():
         volumes = [f for f in files if (h := _header(f)) is not None and h.is_volume]
-        chosen.append(((volumes or files)[0], folder))
-        skipped["further files of a DICOM series"] += len(files) - 1
-    if not skipped["further files of a DICOM series"]:
-        del skipped["further files of a DICOM series"]
+        first = (volumes or files)[0]
+        chosen.append((first, folder))
+        skipped.update({f: "further files of a DICOM series" for f in files if f != first})
     return chosen
 
 

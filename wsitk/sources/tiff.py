@@ -33,6 +33,7 @@ from wsitk.sources.tiff_codecs import decode_tile
 from wsitk.sources.tiff_pages import (
     LOOKED_AT,
     TiledPage,
+    check_chain,
     check_segments,
     page_of,
     pages_of_pyramid,
@@ -88,6 +89,7 @@ class TiffSource(Source):
 
         try:
             with tifffile.TiffFile(self._path) as file:
+                check_chain(file, self.name)
                 first = file.pages.first
                 aperio = str(first.description or "").startswith("Aperio")
                 _check_kind(first, self.name)
@@ -280,6 +282,7 @@ def read_plain_tiff(path: str, name: str) -> tuple[NDArray[Any], list[Spacing], 
 
     try:
         with tifffile.TiffFile(path) as file:
+            check_chain(file, name)
             first = file.pages.first
             if sum(1 for p in file.pages if p.shape == first.shape) > 1:
                 raise SourceError("WSI130", f"{name}: several planes of one size (a stack); extract one")

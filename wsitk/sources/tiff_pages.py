@@ -17,7 +17,15 @@ from wsitk.geometry import Spacing
 from wsitk.sources.files import MAX_TILE_BYTES, check_pixels
 from wsitk.sources.spacing import parse_number
 
-__all__ = ["LOOKED_AT", "TiledPage", "check_segments", "page_of", "pages_of_pyramid", "stated_spacings"]
+__all__ = [
+    "LOOKED_AT",
+    "TiledPage",
+    "check_chain",
+    "check_segments",
+    "page_of",
+    "pages_of_pyramid",
+    "stated_spacings",
+]
 
 LOOKED_AT = ("aperio.MPP", "OME PhysicalSizeX", "tiff.XResolution")
 
@@ -62,6 +70,36 @@ def page_of(page: Any, name: str) -> TiledPage:
     if len(offsets) != math.prod(grid) or len(counts) != len(offsets):
         raise SourceError("WSI101", f"{name}: lists {len(offsets)} tiles where {math.prod(grid)} belong")
     return TiledPage(page, shape, tile, grid, offsets, counts, page.jpegtables)
+
+
+def check_chain(file: Any, name: str) -> None:
+    """Raise SourceError (WSI102) if the chain of page headers leads beyond the end of the file.
+
+    tifffile takes the pages that are left, so that a slide cut short would only lose levels.
+    """
+    if file.is_ndpi:  # its offsets mean something else
+        return
+    handle, layout = file.filehandle, file.tiff
+    seen: set[int] = set()
+    handle.seek(layout.offsetsize if layout.is_bigtiff else 4)
+    offset = _number(handle.read(layout.offsetsize), layout)
+    while offset and offset not in seen:
+        seen.add(offset)
+        handle.seek(offset)
+        count = _number(handle.read(layout.tagnosize), layout)
+        handle.seek(offset + layout.tagnosize + count * layout.tagsize)
+        following = handle.read(layout.offsetsize)
+        if len(following) < layout.offsetsize:
+            raise SourceError(
+                "WSI102",
+                f"{name}: the file ends at {handle.size:,} bytes, within page headers; copy it again",
+            )
+        offset = _number(following, layout)
+
+
+def _number(data: bytes, layout: Any) -> int:
+    """Return an unsigned number in the byte order of the file."""
+    return int.from_bytes(data, "little" if layout.byteorder == "<" else "big")
 
 
 def check_segments(page: Any, level: int, size: int, name: str) -> None:

@@ -19,6 +19,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from wsitk.errors import ModelError
 from wsitk.geometry import Region
 from wsitk.grid import Block, Tile, TileGrid
 from wsitk.model import FieldSpec
-from wsitk.stitch.windows import product, window
+from wsitk.stitch.windows import outer, window
 
 __all__ = ["FILL", "FieldMerger", "FieldPart", "FieldStitcher", "field_shape", "finish"]
 
@@ -68,12 +69,23 @@ def _slabs(region: Region, inner: Region) -> Iterator[Region]:
         start[axis], stop[axis] = inner.start[axis], inner.stop[axis]
 
 
+def _pieces(region: Region, parts: Sequence[FieldPart]) -> Iterator[Region]:
+    """Yield the boxes of `region` cut along all inner borders: each lies inside a part's inner box, or in none."""
+    edges = []
+    for axis, (a, b) in enumerate(zip(region.start, region.stop, strict=True)):
+        cuts = {e for p in parts for e in (p.inner.start[axis], p.inner.stop[axis]) if a < e < b}
+        edges.append(list(pairwise(sorted({a, b} | cuts))))
+    for sides in product(*edges):
+        yield Region.between(*zip(*sides, strict=True))
+
+
 def _blend(mean: Floats, total: Floats, values: Floats, weight: Floats) -> None:
     """Take `values` (C, *shape) of `weight` (*shape) into a running mean and its total weight, in place."""
     total += weight
     share = np.divide(weight, total, out=np.zeros_like(total), where=total > 0)
+    change = np.empty_like(share)
     for old, new in zip(mean, values, strict=True):
-        change = new - old
+        np.subtract(new, old, out=change)
         change *= share
         old += change
 
@@ -166,7 +178,7 @@ class FieldStitcher:
         self.grid = grid
         self.spec = spec
         self.region, self.inner = _extent_of(block, grid, spec)
-        self._window = product(window(spec.window, grid.tile, grid.halo))
+        self._window = outer(window(spec.window, grid.tile, grid.halo))
         self._mean = np.zeros((len(spec.channels), *self.region.shape), np.float32)
         self._weight = np.zeros(self.region.shape, np.float32)
         self._waiting = sorted(block.tiles if tiles is None else tiles, reverse=True)
@@ -262,16 +274,16 @@ class FieldMerger:
             raise ValueError(f"{region} is not inside the extent {self.grid.extent}")
         out = np.full(field_shape(self.spec, region), FILL, self.spec.dtype)
         tiles = list(self.grid.overlapping(region))
-        parts = {i: self._part(i) for i in sorted({self.grid.block_of(t.index) for t in tiles})}
-        known = [part for part in parts.values() if part is not None]
-        self._merge_rims(known, region, out)
-        for part in known:
-            common = part.inner.intersect(region)
-            if common.size:
-                out[(slice(None), *common.slices(region.start))] = part.done[
-                    (slice(None), *common.slices(part.inner.start))
-                ]
-        answered = set().union(*(part.tiles.tolist() for part in known))
+        blocks = sorted({self.grid.block_of(t.index) for t in tiles})
+        known = [part for part in map(self._part, blocks) if part is not None]
+        for box in _pieces(region, known):
+            target = out[(slice(None), *box.slices(region.start))]
+            sole = next((part for part in known if part.inner.contains(box)), None)
+            if sole is not None:
+                target[...] = sole.done[(slice(None), *box.slices(sole.inner.start))]
+            else:
+                self._merge_rims(known, box, target)
+        answered = {index for part in known for index in part.tiles.tolist()}
         for tile in tiles:
             common = tile.owned.intersect(region)
             # A neighbour's halo is no answer: what the ledger calls not ok stays empty to the pixel.
@@ -281,16 +293,17 @@ class FieldMerger:
 
     def _merge_rims(self, parts: list[FieldPart], region: Region, out: Array) -> None:
         """Write the means of all rims within `region` to `out`, blocks in index order."""
-        rims = [(box.intersect(region), box, m, w) for part in parts for box, m, w in part.rim()]
-        rims = [rim for rim in rims if rim[0].size]
-        if not rims:
-            return
         mean = np.zeros((len(self.spec.channels), *region.shape), np.float32)
         total = np.zeros(region.shape, np.float32)
-        for common, box, values, weight in rims:
-            here, there = common.slices(region.start), common.slices(box.start)
-            _blend(mean[(slice(None), *here)], total[here], values[(slice(None), *there)], weight[there])
-        out[...] = np.where(total > 0, finish(mean, self.spec), np.array(FILL, out.dtype))
+        for part in parts:
+            for box, values, weight in part.rim():
+                common = box.intersect(region)
+                if common.size:
+                    here, there = common.slices(region.start), common.slices(box.start)
+                    _blend(
+                        mean[(slice(None), *here)], total[here], values[(slice(None), *there)], weight[there]
+                    )
+        np.copyto(out, finish(mean, self.spec), where=total > 0)
 
     def _part(self, index: int) -> FieldPart | None:
         with self._lock:

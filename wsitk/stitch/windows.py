@@ -8,7 +8,7 @@ from functools import reduce
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["WINDOWS", "product", "window"]
+__all__ = ["WINDOWS", "outer", "window"]
 
 Weights = NDArray[np.float32]
 
@@ -64,6 +64,6 @@ def window(name: str, tile: tuple[int, ...], halo: tuple[int, ...]) -> tuple[Wei
     return tuple(make(t, h).astype(np.float32) for t, h in zip(tile, halo, strict=True))
 
 
-def product(axes: tuple[Weights, ...]) -> Weights:
+def outer(axes: tuple[Weights, ...]) -> Weights:
     """Return the outer product of weights along each axis."""
     return reduce(np.multiply.outer, axes)

@@ -16,7 +16,7 @@ from wsitk.model import ModelSpec, TileModel, TileResult
 from wsitk.objects import ObjectTable
 from wsitk.stitch.fields import FILL, FieldMerger, FieldPart, FieldStitcher, finish
 from wsitk.stitch.objects import merge_objects, select
-from wsitk.stitch.windows import product, window
+from wsitk.stitch.windows import outer, window
 
 __all__ = ["Joined", "naive_fields", "naive_merge", "naive_objects", "read_tile", "run_tiles"]
 
@@ -104,7 +104,7 @@ def naive_fields(
     left_out = set(skip)
     out = {}
     for spec in model.spec.fields:
-        weights = product(window(spec.window, grid.tile, grid.halo)).astype(np.float64)
+        weights = outer(window(spec.window, grid.tile, grid.halo)).astype(np.float64)
         total = np.zeros(grid.extent.shape)
         value = np.zeros((len(spec.channels), *grid.extent.shape))
         answered = np.zeros(grid.extent.shape, bool)

@@ -23,6 +23,8 @@ _NUCLEUS = (64, 32, 128)
 
 _BITS = (6, 5, 6)
 
+_TRIES = 8
+
 
 def _encode(labels: Array) -> NDArray[np.uint8]:
     """Return the colours (*shape, 3) of instances: purples that differ in their low bits."""
@@ -44,11 +46,12 @@ def decode_labels(pixels: Array) -> NDArray[np.int32]:
     return np.where(pixels[..., 0] < _NUCLEUS[0] + 2 ** _BITS[0], labels, 0).astype(np.int32)
 
 
-def seam_points(grid: TileGrid) -> Iterator[tuple[int, ...]]:
-    """Yield the corner, the middle of each edge and face, and the centre of each tile's owned region."""
-    for tile in grid:
-        middle = tuple((a + b) // 2 for a, b in zip(tile.owned.start, tile.owned.stop, strict=True))
-        yield from product(*zip(tile.owned.start, middle, strict=True))
+def seam_points(*grids: TileGrid) -> Iterator[tuple[int, ...]]:
+    """Yield the corners of all owned regions, then the middles of edges and faces, then the centres."""
+    for choice in product((0, 1), repeat=grids[0].extent.ndim if grids else 0):
+        for tile in (tile for grid in grids for tile in grid):
+            sides = zip(choice, tile.owned.start, tile.owned.stop, strict=True)
+            yield tuple((a + b) // 2 if middle else a for middle, a, b in sides)
 
 
 @final
@@ -87,10 +90,11 @@ class SyntheticSlide:
         """
         rng = np.random.default_rng(seed)
         labels, number = np.zeros(shape, np.int32), 0
-        seams = [p for grid in grids for p in seam_points(grid)]
-        places = [np.add(p, rng.uniform(-2, 2, len(shape))) for p in seams]
-        places += [rng.uniform(0, shape) for _ in range(count)]
-        for place in places:
+        for point in seam_points(*grids):
+            # Beside an earlier nucleus there may be room for a smaller one.
+            tries = (np.add(point, rng.uniform(-2, 2, len(shape))) for _ in range(_TRIES))
+            number += any(_draw(labels, place, number + 1, radius, rng) for place in tries)
+        for place in [rng.uniform(0, shape) for _ in range(count)]:
             number += _draw(labels, place, number + 1, radius, rng)
         if number >= 2 ** sum(_BITS):
             raise ValueError(f"{number} nuclei; the colours encode fewer than {2 ** sum(_BITS)}")

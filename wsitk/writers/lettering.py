@@ -15,7 +15,7 @@ __all__ = ["write", "text_width"]
 Color = tuple[int, int, int]
 
 _RAISED = {"²": "2", "³": "3"}
-_OTHERS = str.maketrans({"μ": "µ", "–": "-", "—": "-", "−": "-"})  # noqa: RUF001  (a Greek mu, and dashes)
+_OTHERS = str.maketrans({"μ": "µ", "–": "-", "—": "-", "−": "-"})  # a Greek mu, and dashes
 
 
 @lru_cache(maxsize=32)

@@ -6,14 +6,14 @@ Coordinates are level-0 pixels unless a name says otherwise; images are RGB, uin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-import pyarrow.compute as pc
+import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
 from numpy.typing import NDArray
@@ -29,7 +29,7 @@ Color = tuple[int, int, int]
 _SUBPIXEL = 4  # bits of fraction that cv2 draws with
 _STATUS_COLORS: dict[str, Color] = {
     "unreadable": (214, 40, 57),
-    "absent": (214, 40, 57),
+    "absent": (157, 78, 221),
     "model_failed": (242, 133, 0),
     "not_done": (120, 120, 120),
 }
@@ -45,15 +45,19 @@ class Census:
 
 
 def take_census(
-    objects: str | Path, classes: int, shape: tuple[int, int], scale_xy: tuple[float, float], window: Region
+    objects: str | Path,
+    classes: int,
+    shape: tuple[int, ...],
+    scale_xy: tuple[float, float],
+    window: tuple[int, int],
 ) -> Census:
-    """Count objects by class, by picture pixel, and by window of `window`'s size, in one pass.
+    """Count objects by class, by picture pixel, and by window of the shape `window`, in one pass.
 
     `shape` is the picture's (H, W), `scale_xy` level-0 pixels per picture pixel.
     """
     height, width = shape
     reach = (height * scale_xy[1], width * scale_xy[0])
-    windows = [max(1, int(np.ceil(n / w))) for n, w in zip(reach, window.shape, strict=True)]
+    windows = [max(1, int(np.ceil(n / w))) for n, w in zip(reach, window, strict=True)]
     counts = np.zeros(classes, np.int64)
     density = np.zeros((classes, height, width), np.float32)
     cells = np.zeros((classes, *windows), np.int64)
@@ -61,7 +65,7 @@ def take_census(
         for group in table.groups(["class_id", "centroid_x", "centroid_y"]):
             kind, x, y = (group[name].to_numpy() for name in group.column_names)
             counts += np.bincount(kind, minlength=classes)
-            for grid, step in ((density, scale_xy[::-1]), (cells, window.shape)):
+            for grid, step in ((density, scale_xy[::-1]), (cells, window)):
                 rows, columns = (
                     np.clip((v / s).astype(np.int64), 0, n - 1)
                     for v, s, n in zip((y, x), step, grid.shape[1:], strict=True)
@@ -92,7 +96,7 @@ def blend(image: Array, color: Array | Color, alpha: Array | float) -> Array:
     """Return `image` with `color` over it at opacity `alpha` (0 to 1)."""
     weight = np.asarray(alpha, np.float32)[..., None] if np.ndim(alpha) else np.float32(alpha)
     mixed = image * (1 - weight) + np.asarray(color, np.float32) * weight
-    return np.clip(np.rint(mixed), 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(np.rint(mixed), 0, 255), np.uint8)
 
 
 def outline_tissue(image: Array, tissue: Array) -> Array:
@@ -116,35 +120,45 @@ def _smooth(contour: Array) -> Array:
     return np.rint(soft * (1 << _SUBPIXEL)).astype(np.int32)[:, None]
 
 
-def tile_layer(image: Array, ledger: str | Path, scale_xy: tuple[float, float]) -> Array:
-    """Return `image` with a faint grid where tiles were computed, and hatching where they could not be."""
+def tile_layer(
+    image: Array, tiles: Iterable[tuple[Region, str]] | str | Path, scale_xy: tuple[float, float]
+) -> tuple[Array, dict[str, Color]]:
+    """Return `image` with a faint grid where tiles were computed, and hatching where they could not be.
+
+    The second value names the colour of each status that is hatched somewhere.
+    """
     lines = np.zeros(image.shape[:2], np.uint8)
     marks = {name: np.zeros(image.shape[:2], np.uint8) for name in _STATUS_COLORS}
-    for status, box in _tile_boxes(ledger, scale_xy):
+    for status, box in _tile_boxes(tiles, scale_xy):
         if status in marks:
             cv2.rectangle(marks[status], box[:2], box[2:], 255, -1)
         elif status == "ok" and min(box[2] - box[0], box[3] - box[1]) >= 6:
             cv2.rectangle(lines, box[:2], box[2:], 255, 1)
     image = blend(image, (38, 70, 83), lines / 255 * 0.13)
     diagonal = np.add.outer(np.arange(image.shape[0]), np.arange(image.shape[1])) % 8 < 3
-    for name, mark in marks.items():
-        if mark.any():
-            image = blend(image, _STATUS_COLORS[name], np.where(diagonal, 0.8, 0.25) * (mark > 0))
-    return image
+    shown = {name: _STATUS_COLORS[name] for name, mark in marks.items() if mark.any()}
+    for name, color in shown.items():
+        image = blend(image, color, np.where(diagonal, 0.8, 0.25) * (marks[name] > 0))
+    return image, shown
 
 
 def _tile_boxes(
-    ledger: str | Path, scale_xy: tuple[float, float]
+    tiles: Iterable[tuple[Region, str]] | str | Path, scale_xy: tuple[float, float]
 ) -> Iterator[tuple[str, tuple[int, int, int, int]]]:
     """Yield each tile's status and box (left, top, right, bottom) in picture pixels."""
+    for region, status in _read_ledger(tiles) if isinstance(tiles, (str, Path)) else tiles:
+        corners = (*region.start[::-1], *region.stop[::-1])
+        left, top, right, bottom = (round(v / s) for v, s in zip(corners, scale_xy * 2, strict=True))
+        yield status, (left, top, right, bottom)
+
+
+def _read_ledger(path: str | Path) -> Iterator[tuple[Region, str]]:
     names = ["status", *(f"level0_{kind}_{axis}" for kind in ("start", "shape") for axis in (0, 1))]
-    with pq.ParquetFile(ledger) as file:
+    with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(columns=names):
-            y, x, height, width = (batch[name].to_numpy() for name in names[1:])
-            edges = np.stack([x, y, x + width, y + height], axis=1) / (scale_xy * 2)
-            boxes = np.rint(edges).astype(int)
-            for status, box in zip(batch["status"].to_pylist(), boxes.tolist(), strict=True):
-                yield status, (box[0], box[1], box[2], box[3])
+            status, *edges = (batch[name].to_pylist() for name in names)
+            for name, y, x, height, width in zip(status, *edges, strict=True):
+                yield Region((y, x), (height, width)), name
 
 
 def draw_outlines(
@@ -158,7 +172,9 @@ def draw_outlines(
     for kind, outline in _inside(objects, window):
         counts[kind] += 1
         rings = [
-            np.rint((shapely.get_coordinates(ring) - window.start[::-1]) * zoom * (1 << _SUBPIXEL)).astype(np.int32)
+            np.rint((shapely.get_coordinates(ring) - window.start[::-1]) * zoom * (1 << _SUBPIXEL)).astype(
+                np.int32
+            )
             for ring in shapely.get_rings(outline)
         ]
         cv2.fillPoly(fill, rings, colors[kind], cv2.LINE_AA, _SUBPIXEL)
@@ -176,12 +192,7 @@ def _inside(objects: str | Path, window: Region) -> Iterator[tuple[int, Any]]:
     (top, left), (bottom, right) = window.start, window.stop
     with ObjectsFile(objects) as table:
         for group in table.groups(["class_id", "geometry", "bbox"]):
-            box = pc.struct_field(group["bbox"], "xmin"), pc.struct_field(group["bbox"], "xmax")
-            tall = pc.struct_field(group["bbox"], "ymin"), pc.struct_field(group["bbox"], "ymax")
-            near = pc.and_(
-                pc.and_(pc.less(box[0], right), pc.greater(box[1], left)),
-                pc.and_(pc.less(tall[0], bottom), pc.greater(tall[1], top)),
-            )
-            rows = group.filter(near)
+            x0, y0, x1, y1 = (v.to_numpy() for v in group["bbox"].combine_chunks().flatten())
+            rows = group.filter(pa.array((x0 < right) & (x1 > left) & (y0 < bottom) & (y1 > top)))
             shapes = shapely.from_wkb(rows["geometry"].to_numpy())
             yield from zip(rows["class_id"].to_pylist(), shapes, strict=True)

@@ -1,0 +1,145 @@
+"""The unit of work: a block of tiles, described by small values, filled tile by tile, then stored.
+
+A task names its input by reference and its journal by input name, so it can be sent to another process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsitk.errors import WorkError
+from wsitk.geometry import Region
+from wsitk.grid import Tile, TileGrid
+from wsitk.model import ModelSpec, TileResult
+from wsitk.objects import ObjectTable
+from wsitk.sources.base import SourceRef
+from wsitk.sources.working import WorkingImage
+from wsitk.stitch.fields import FieldStitcher
+from wsitk.stitch.objects import select
+
+__all__ = ["BlockError", "BlockReport", "BlockTask", "OpenBlock", "TileStatus"]
+
+STAGES = ("read", "predict", "postprocess")
+
+
+@dataclass(frozen=True, slots=True)
+class BlockTask:
+    """One block of one input: what to read, which of its tiles to run, and which journal takes it.
+
+    `band` is how near to a seam (working pixels) objects are compared; `image` the whole image.
+    """
+
+    input: str
+    source: SourceRef
+    grid: TileGrid
+    block: int
+    tiles: tuple[int, ...]
+    band: int
+    image: Region
+
+
+@dataclass(frozen=True, slots=True)
+class TileStatus:
+    """What became of a tile: ``ok``, ``absent``, ``unreadable`` or ``model_failed``, and why."""
+
+    tile: int
+    status: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What the worker says when a block is in the journal."""
+
+    input: str
+    block: int
+    statuses: tuple[TileStatus, ...]
+    objects: int
+    seconds: Mapping[str, float]
+
+
+class BlockError(WorkError):
+    """Raised when a tile failed in a way that is nobody's data: a bug in a model, a full disk, no memory."""
+
+    def __init__(self, code: str, message: str, name: str = "") -> None:
+        super().__init__(code, message)
+        self.input = name
+
+    def __reduce__(self) -> tuple[type[BlockError], tuple[str, ...]]:
+        return type(self), (self.code, self.message, self.input)
+
+
+@final
+class OpenBlock:
+    """A block whose tiles are on their way; takes them in tile order."""
+
+    def __init__(self, task: BlockTask, image: WorkingImage, spec: ModelSpec) -> None:
+        self.task = task
+        self.image = image
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self._spec = spec
+        self._waiting = len(task.tiles)
+        self._objects = [ObjectTable.empty(spec.ndim, spec.object_columns)]
+        self._statuses: list[TileStatus] = []
+        self._foreground: list[float] = []
+        block = task.grid.block_at(task.block)
+        self._stitchers = {f.name: FieldStitcher(task.grid, block, f) for f in spec.fields}
+        for index in sorted({*block.tiles} - {*task.tiles}):
+            self._skip(task.grid[index])
+
+    def __str__(self) -> str:
+        return f"{self.task.input} block {self.task.block}"
+
+    @property
+    def complete(self) -> bool:
+        """Tell whether every tile has come."""
+        return self._waiting == 0
+
+    def add(self, tile: Tile, status: TileStatus, result: TileResult | None) -> None:
+        """Take a tile: its status, and its result if there is one."""
+        self._waiting -= 1
+        self._statuses.append(status)
+        if result is None:
+            self._skip(tile)
+            return
+        if result.objects is not None:
+            self._objects.append(result.objects)
+        for name, stitcher in self._stitchers.items():
+            stitcher.add(tile, result.fields[name])
+            self._foreground.append(float(result.fields[name][0].mean()))
+
+    def put_forward(self, result: TileResult, tile: Tile) -> TileResult:
+        """Return a result with only those objects that the tile may answer for; touches no shared state."""
+        if result.objects is None:
+            return result
+        task = self.task
+        kept = select(result.objects, tile, task.grid, task.band, image=task.image)
+        return TileResult(kept, result.fields)
+
+    def contents(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """Return what the journal keeps of a complete block: arrays, and the commit record."""
+        arrays: dict[str, NDArray[Any]] = {}
+        for name, stitcher in self._stitchers.items():
+            arrays |= {f"field:{name}:{k}": v for k, v in stitcher.finalize().to_arrays().items()}
+        table = ObjectTable.concat(self._objects)
+        if self._spec.objects:
+            arrays |= {f"objects:{k}": v for k, v in table.to_arrays().items()}
+        record = {
+            "tiles": [[s.tile, s.status, s.reason] for s in self._statuses],
+            "objects": len(table),
+            "foreground": float(np.mean(self._foreground)) if self._foreground else 0.0,
+        }
+        return arrays, record
+
+    def report(self, objects: int) -> BlockReport:
+        """Return what is said of the block once it is committed."""
+        return BlockReport(self.task.input, self.task.block, tuple(self._statuses), objects, self.seconds)
+
+    def _skip(self, tile: Tile) -> None:
+        for stitcher in self._stitchers.values():
+            stitcher.skip(tile)
