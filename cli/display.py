@@ -67,7 +67,7 @@ class Display:
         )
         self._task = self._progress.add_task("planning", total=None, rate="")
         for reason, count in skipped.items():
-            self._console.print(f"skipped {count}: {reason}", highlight=False)
+            self._say(f"skipped {count}: {reason}")
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -93,9 +93,9 @@ class Display:
         text = (
             f"{event.input}: {event.facts['tissue_mm2']} mm² of tissue, {event.facts['tiles']} tiles{resumed}"
         )
-        self._console.print(text, highlight=False, markup=False)
+        self._say(text)
         for warning in event.facts["warnings"]:
-            self._console.print(f"  {warning}", highlight=False, markup=False)
+            self._say(f"  {warning}")
 
     def _block(self, event: Event) -> None:
         self._objects += event.facts["objects"]
@@ -105,7 +105,7 @@ class Display:
         self._progress.update(self._task, description=event.input, rate=rate)
         seen = self._problems.get(event.input, 0)
         for problem in event.facts["problems"][: max(0, 5 - seen)]:
-            self._console.print(f"  {problem}", highlight=False, markup=False)
+            self._say(f"  {problem}")
         self._problems[event.input] = seen + len(event.facts["problems"])
 
     def _finishing(self, event: Event) -> None:

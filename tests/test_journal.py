@@ -67,7 +67,7 @@ def test_two_processes_cannot_hold_one_journal(tmp_path: Path) -> None:
         said = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
         )
-    assert said.stdout.strip() == "WSI511"
+    assert said.stdout.strip() == "WSI503"
 
 
 def test_write_durably_leaves_the_old_file_when_the_new_one_cannot_be_written(tmp_path: Path) -> None:

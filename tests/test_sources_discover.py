@@ -12,7 +12,6 @@ from wsitk.errors import UsageError
 from wsitk.sources.dicom_header import WSI_STORAGE, read_header
 from wsitk.sources.discover import companions, expand_inputs
 
-
 CT_STORAGE = "1.2.840.10008.5.1.4.1.1.2"
 
 

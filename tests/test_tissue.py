@@ -69,7 +69,7 @@ def test_a_geojson_draws_the_mask(tmp_path: Path) -> None:
 def test_a_geojson_without_polygons_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "point.geojson"
     path.write_text('{"type": "Point", "coordinates": [1, 2]}')
-    with pytest.raises(UsageError, match="WSI020"):
+    with pytest.raises(UsageError, match="WSI014"):
         from_geojson(str(path), (10, 10), (1.0, 1.0))
 
 

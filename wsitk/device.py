@@ -35,8 +35,10 @@ def choose_device(wish: str) -> torch.device:
 
 def fix_arithmetic(threads: int) -> None:
     """Make the same inputs give the same bits: a fixed thread count, deterministic kernels, no TF32 surprise."""
+    import cv2
     import torch
 
+    cv2.setNumThreads(1)  # tiles are the unit of parallel work; OpenCV's own pool would only get in the way
     torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True

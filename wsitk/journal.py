@@ -49,7 +49,7 @@ def write_durably(path: Path, data: bytes) -> None:
 class Journal:
     """The journal of one input, under its output folder. Use as a context manager: it holds the lock.
 
-    Raises OutputError: WSI511 if another process holds it, WSI510 if it belongs to another run key.
+    Raises OutputError: WSI503 if another process holds it, WSI510 if it belongs to another run key.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
@@ -66,7 +66,7 @@ class Journal:
         except OSError as error:
             lock.close()
             raise OutputError(
-                "WSI511",
+                "WSI503",
                 f"{self.folder.parent} is in use by another run; wait for it or choose another output",
             ) from error
         self._lock = lock

@@ -49,11 +49,11 @@ def failed_row(name: str, error: WsitkError) -> InputRow:
 
 
 def known_error(name: str, error: Exception) -> WsitkError:
-    """Return `error` as one of ours: a file's fault (WSI190) or a bug (WSI412)."""
+    """Return `error` as one of ours: a file's fault (WSI199) or a bug (WSI412)."""
     if isinstance(error, WsitkError):
         return error
     if isinstance(error, OSError):
-        return SourceError("WSI190", f"{name}: {error}")
+        return SourceError("WSI199", f"{name}: {error}")
     return WorkError("WSI412", f"{name}: {type(error).__name__}: {error}; please report this")
 
 

@@ -102,7 +102,7 @@ def working_image(source: Source, spec: ModelSpec) -> WorkingImage:
 def make_plan(name: str, ref: SourceRef, source: Source, spec: ModelSpec, settings: Settings) -> Plan:
     """Return the plan for an open source; `spec` has been resolved.
 
-    Raises SpacingError without a usable pixel size, SourceError (WSI112) if the image is too small or has
+    Raises SpacingError without a usable pixel size, SourceError (WSI114) if the image is too small or has
     the wrong channels, UsageError for a region of interest outside the image.
     """
     if spec.spacing is not None:
@@ -112,7 +112,7 @@ def make_plan(name: str, ref: SourceRef, source: Source, spec: ModelSpec, settin
     extent = _extent(image, source.bounds, settings)
     if any(n < h for n, h in zip(extent.shape, spec.halo, strict=True)):
         raise SourceError(
-            "WSI112",
+            "WSI114",
             f"{name}: {_times(extent.shape)} pixels at {_times(image.spacing or ())} µm is less than the margin "
             f"of {_times(spec.halo)} that {spec.name} needs; nothing to find in it",
         )

@@ -129,7 +129,7 @@ def everywhere(shape: tuple[int, ...], scale: tuple[float, ...]) -> TissueMask:
 def from_geojson(path: str, shape: tuple[int, ...], scale: tuple[float, ...]) -> TissueMask:
     """Return the regions drawn in a GeoJSON file (level-0 pixels, x right, y down) as a mask.
 
-    Raises UsageError (WSI020) if the file holds no polygon.
+    Raises UsageError (WSI014) if the file holds no polygon.
     """
     import cv2
 
@@ -141,7 +141,7 @@ def from_geojson(path: str, shape: tuple[int, ...], scale: tuple[float, ...]) ->
         rings += len(points)
     if not rings:
         raise UsageError(
-            "WSI020", f"{path} holds no Polygon or MultiPolygon; draw regions and export them as GeoJSON"
+            "WSI014", f"{path} holds no Polygon or MultiPolygon; draw regions and export them as GeoJSON"
         )
     return TissueMask(mask.astype(bool), scale)
 

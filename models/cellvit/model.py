@@ -123,7 +123,7 @@ class CellViTModel(TileModel):
 def default_model() -> CellViTModel:
     """Return the model that ships with wsitk; its card says what it can and cannot do.
 
-    Raises ModelError (WSI303) if the installed weights are not those of the card.
+    Raises ModelError (WSI313) if the installed weights are not those of the card.
     """
     from safetensors.torch import load
 
@@ -135,7 +135,7 @@ def default_model() -> CellViTModel:
     sha256 = hashlib.sha256(data).hexdigest()
     if sha256 != card["sha256"]:
         raise ModelError(
-            "WSI303", f"the weights of 'cellvit' have sha256 {sha256[:12]}, the card says {card['sha256'][:12]}; "
+            "WSI313", f"the weights of 'cellvit' have sha256 {sha256[:12]}, the card says {card['sha256'][:12]}; "
             "install wsitk again"
         )  # fmt: skip
     network = compact_cellvit()
@@ -213,7 +213,7 @@ def _official(name: str, options: dict[str, Any]) -> CellViTModel:
     path = home() / "weights" / name
     if not path.is_file():
         raise ModelError(
-            "WSI301",
+            "WSI312",
             f"{name} is not in {path.parent}; download it from {OFFICIAL} and put it there "
             f"(licence: {UPSTREAM_LICENCE})",
         )

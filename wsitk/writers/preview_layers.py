@@ -117,7 +117,7 @@ def _smooth(contour: Array) -> Array:
     ring = np.concatenate([points[-reach:], points, points[:reach]])
     kernel = np.ones(2 * reach + 1) / (2 * reach + 1)
     soft = np.stack([np.convolve(ring[:, k], kernel, "valid") for k in range(2)], axis=1)
-    return np.rint(soft * (1 << _SUBPIXEL)).astype(np.int32)[:, None]
+    return np.asarray(np.rint(soft * (1 << _SUBPIXEL)), np.int32)[:, None]
 
 
 def tile_layer(
