@@ -115,9 +115,7 @@ class Display:
         count = sum(event.facts["objects"].values())
         said = f"{count:,} objects" if event.facts["status"] != "failed" else ""
         parts = (event.facts["status"], said, event.facts["code"], event.facts["message"])
-        self._console.print(
-            f"{event.input}: {' '.join(p for p in parts if p)}", highlight=False, markup=False
-        )
+        self._say(f"{event.input}: {' '.join(p for p in parts if p)}")
 
     def close(self, out: Path, rows: Sequence[InputRow]) -> None:
         """Show a table of all inputs and where to look."""
@@ -135,6 +133,8 @@ class Display:
                 f"{row.seconds['total']:.0f}" if "total" in row.seconds else "",
             )
         self._console.print(table, highlight=False, markup=False)
-        self._console.print(
-            f"\nLook at {out / 'index.html'}; numbers in {out / 'summary.csv'}", highlight=False
-        )
+        self._say(f"\nLook at {out / 'index.html'}; numbers in {out / 'summary.csv'}")
+
+    def _say(self, text: str) -> None:
+        # A message is one line, also in a log file, where rich would break it at 80 columns.
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)

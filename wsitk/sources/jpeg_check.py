@@ -169,22 +169,36 @@ def _units(state: _State, sampling: list[tuple[int, int]]) -> int:
 def _prepared(specs: tuple[bytes, ...]) -> tuple[NDArray[Any], ...]:
     """Return look-up tables of all Huffman tables of a scan (T.81, C and F.2.2.3), one row each.
 
-    `fast` (n, 512) is ``length << 8 | symbol`` for the next 9 bits, 0 where the code is longer; `last`
-    (n, 17) the last code of each length, -1 for none; `delta` (n, 17) what to add for a symbol's place.
+    A step is ``bits << 8 | coefficients``: what a symbol takes from the stream and how far it goes on in its
+    block. `fast` (n, 512) is the step, code included, for the next 9 bits, 0 where the code is longer; `last`
+    (n, 17) the last code of each length, -1 for none; `delta` (n, 17) what to add to a code for its place in
+    `steps` (n, 256), which are without the code.
     """
-    fast, symbols = np.zeros((len(specs), 512), np.int32), np.zeros((len(specs), 256), np.int32)
+    fast, steps = np.zeros((len(specs), 512), np.int32), np.zeros((len(specs), 256), np.int32)
     last, delta = np.full((len(specs), 17), -1, np.int32), np.zeros((len(specs), 17), np.int32)
     for row, spec in enumerate(specs):
-        values = spec[16:]
-        symbols[row, : len(values)] = list(values)
+        known = [_step(symbol, bool(row % 2)) for symbol in spec[16:]]
+        steps[row, : len(known)] = known
         code = place = 0
         for length in range(1, 17):
             delta[row, length] = place - code
             for _ in range(spec[length - 1]):
                 if length <= 9:
-                    fast[row, code << (9 - length) : (code + 1) << (9 - length)] = length << 8 | values[place]
+                    fast[row, code << (9 - length) : (code + 1) << (9 - length)] = (length << 8) + known[
+                        place
+                    ]
                 last[row, length] = code
                 code += 1
                 place += 1
             code <<= 1
-    return fast, last, delta, symbols
+    return fast, last, delta, steps
+
+
+def _step(symbol: int, is_ac: bool) -> int:
+    """Return bits and coefficients of a symbol without its code (T.81, F.1.2)."""
+    size, run = symbol & 15, symbol >> 4
+    if not is_ac:
+        return size << 8 | 1
+    if size:
+        return size << 8 | run + 1
+    return 16 if run == 15 else 64  # sixteen zeros, or the end of the block

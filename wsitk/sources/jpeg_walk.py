@@ -13,7 +13,7 @@ __all__ = ["entropy"]
 
 @compiled
 def entropy(
-    data: Any, at: int, units: int, restart: int, blocks: Any, fast: Any, last: Any, delta: Any, symbols: Any
+    data: Any, at: int, units: int, restart: int, blocks: Any, fast: Any, last: Any, delta: Any, steps: Any
 ) -> tuple[int, int]:
     """Walk `units` coded units from byte `at`; return a fault and the place of the marker behind them.
 
@@ -49,23 +49,17 @@ def entropy(
                         bits += 8
                     table = 2 * component + (1 if k else 0)
                     peek = int((buffer >> np.uint64(bits - 16)) & np.uint64(0xFFFF))
-                    entry = fast[table, peek >> 7]
-                    length, symbol = entry >> 8, entry & 255
-                    if entry == 0:
+                    step = fast[table, peek >> 7]
+                    if step == 0:
                         length = 10
                         while length <= 16 and (peek >> (16 - length)) > last[table, length]:
                             length += 1
                         if length > 16:
                             return (1 if fake else 2), at
-                        symbol = symbols[table, ((peek >> (16 - length)) + delta[table, length]) & 255]
-                    value_bits = symbol & 15
-                    if k == 0:
-                        k = 1
-                    elif value_bits == 0:
-                        k = k + 16 if symbol == 0xF0 else 64
-                    else:
-                        k += (symbol >> 4) + 1
-                    bits -= length + value_bits
+                        place = ((peek >> (16 - length)) + delta[table, length]) & 255
+                        step = steps[table, place] + (length << 8)
+                    k += step & 255
+                    bits -= step >> 8
                     if bits < fake:
                         return 1, at
     # Behind the last block comes the rest of its byte. Some writers add bytes of 0x00 or 0xFF; others mean

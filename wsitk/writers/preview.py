@@ -130,7 +130,7 @@ def draw_preview(
         drawn, counts = draw_outlines(patch, window, objects, colors) if objects else (patch, np.zeros(1))
         page.window(index, window, drawn, int(counts.sum()), spacing_um)
     with atomic_file(out, overwrite=overwrite) as stream:
-        page.finish().save(stream, "PNG", compress_level=9)
+        page.finish().save(stream, "PNG", compress_level=6)
 
 
 def _rgb(pixels: Array) -> Array:
