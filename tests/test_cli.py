@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 from collections.abc import Callable, Iterator
@@ -13,8 +14,10 @@ import typer
 from typer.testing import CliRunner
 
 from wsitk import __version__
+from wsitk.cli import demo
 from wsitk.cli.main import app, main
 from wsitk.settings import Settings
+from wsitk.sources import open_source
 
 VERBS = [
     ["run"],
@@ -188,3 +191,111 @@ def test_doctor_finds_nothing_wrong_with_torch_and_readers(call: Call) -> None:
     assert facts["torchvision ops"] in ("native", "patched")
     assert facts["openslide library"]
     assert facts["problems"] == []
+
+
+# --- the demo's slide --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[str]]:
+    """Return a function that sets what the two places give; it returns the list of visits to them."""
+    monkeypatch.setenv("WSITK_HOME", str(tmp_path / "home"))
+
+    def stock(site: bytes | None, wheel: bytes | None) -> list[str]:
+        visits: list[str] = []
+
+        def place(name: str, goods: bytes | None) -> Callable[[], bytes | None]:
+            return lambda: visits.append(name) or goods  # type: ignore[func-returns-value]  # append, then give
+
+        monkeypatch.setattr(demo, "_from_site", place("site", site))
+        monkeypatch.setattr(demo, "_from_wheel", place("wheel", wheel))
+        return visits
+
+    return stock
+
+
+def test_demo_takes_only_the_right_slide(
+    shop: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "SHA256", hashlib.sha256(b"the slide").hexdigest())
+    visits = shop(b"a login page", b"the slide")
+    slide = demo._slide()
+    assert slide is not None
+    assert slide.read_bytes() == b"the slide"
+    assert visits == ["site", "wheel"]
+    assert demo._slide() == slide
+    assert visits == ["site", "wheel"], "the second time it is in the cache"
+    slide.write_bytes(b"the slid")
+    assert demo._slide() == slide
+    assert slide.read_bytes() == b"the slide", "a damaged copy is fetched again"
+
+
+def test_demo_knows_the_hash_of_the_real_slide(data: Path) -> None:
+    assert demo._is_right((data / "data/wsi/cmu-1-small-region.svs").read_bytes())
+
+
+def test_demo_without_a_network_says_so(
+    shop: Callable[..., list[str]], call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shop(None, b"rubbish")
+    asked: list[object] = []
+
+    def execute(*arguments: object, **options: object) -> None:
+        asked.extend(arguments)
+        raise SystemExit(0)
+
+    monkeypatch.setattr("wsitk.cli.run.execute", execute)
+    code, _, err = call("demo", "-o", tmp_path / "out")
+    assert code == 0
+    assert "synthetic" in err
+    model, (slide,), out, settings = asked
+    assert (model, out, settings) == ("cellvit", tmp_path / "out", Settings())
+    with open_source(str(slide)) as source:
+        assert source.spacing is not None
+        assert source.spacing.um == pytest.approx((0.5, 0.5))
+
+
+# --- the model that ships ----------------------------------------------------------------------------
+
+
+def test_models_list_says_what_is_there_and_what_is_missing(
+    call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WSITK_HOME", str(tmp_path))
+    code, out, _ = call("models", "list", "--json")
+    rows = {row["name"]: row for row in map(json.loads, out.splitlines())}
+    assert code == 0
+    assert rows["cellvit"]["ready"]
+    assert rows["cellvit"]["classes"]
+    assert not rows["cellvit-sam-h"]["ready"]
+    assert "CellViT-SAM-H-x40-AMP.pth" in rows["cellvit-sam-h"]["why"]
+
+
+def test_models_show_and_check(call: Call) -> None:
+    code, out, _ = call("models", "show", "cellvit", "--json")
+    assert code == 0
+    assert json.loads(out)["name"] == "cellvit"
+    code, out, _ = call("models", "check", "cellvit")
+    assert code == 0
+    assert "0 objects on blank glass" in out
+
+
+def test_dry_run_writes_nothing(call: Call, data: Path, tmp_path: Path) -> None:
+    slides = data / "data/wsi"
+    words = [
+        "run",
+        "cellvit",
+        slides / "cmu-1-small-region.svs",
+        slides / "slide.tiff",
+        "-o",
+        tmp_path / "out",
+    ]
+    code, out, _ = call(*words, "--dry-run", "--json")
+    facts = [json.loads(line) for line in out.splitlines()]
+    (plan,) = (fact for fact in facts if "tiles_on_glass" in fact)
+    assert code == 1
+    assert plan["input"] == "cmu-1-small-region.svs"
+    assert plan["tiles"] > 0
+    assert plan["spacing_um"] == pytest.approx([0.2495, 0.2495], abs=1e-2)
+    assert {fact["code"] for fact in facts if fact.get("input") == "slide.tiff"} == {"WSI202"}
+    assert not (tmp_path / "out").exists()

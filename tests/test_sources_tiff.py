@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -255,6 +257,52 @@ def test_threads_read_the_same(tmp_path: Path) -> None:
             np.testing.assert_array_equal(pixels, image[region.slices()])
         assert source._cache._used <= 100_000
         assert source._cache._used == sum(t.nbytes for t in source._cache._tiles.values())
+
+
+def test_a_stale_handle_is_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = smooth(64, 64)
+    path = write_pyramid(tmp_path / "a.tiff", image)
+    failures, used, real = [2], set(), os.pread
+
+    def flaky(number: int, count: int, offset: int) -> bytes:
+        used.add(number)
+        if failures[0]:
+            failures[0] -= 1
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return real(number, count, offset)
+
+    with open_source(path) as source:
+        monkeypatch.setattr(os, "pread", flaky)
+        np.testing.assert_array_equal(whole(source), image)
+        assert len(used) > 1
+    failures[0] = 3
+    words = r"WSI150 a\.tiff: Stale file handle at byte [\d,]+, 3 tries"
+    with open_source(path) as source, pytest.raises(SourceError, match=words):
+        whole(source)
+
+
+def test_mutants_give_our_errors_and_nothing_else(tmp_path: Path) -> None:
+    kinds: list[dict[str, Any]] = [
+        {"compression": c} for c in ("jpeg", "zlib", "lzw", "jpeg2000", "webp", None)
+    ]
+    kinds += [{"subifds": True}, {"bigtiff": True}]
+    path, image = tmp_path / "a.tiff", smooth(150, 150)
+    seeds = [write_pyramid(path, image, levels=2, **kind).read_bytes() for kind in kinds]
+    rng, codes = np.random.default_rng(0), set()
+    for number in range(160):
+        data = bytearray(seeds[number % len(seeds)])
+        for place in rng.integers(0, 700 if number % 3 else len(data), int(rng.integers(1, 6))):
+            data[place] = int(rng.integers(256))
+        path.write_bytes(data)
+        try:
+            with open_source(path, reader="tiff") as source:
+                for level, stated in enumerate(source.levels):
+                    source.read(Region((0, 0), tuple(min(n, 2000) for n in stated.shape)), level)
+        except SourceError as error:
+            codes.add(error.code if "\n" not in str(error) else str(error))
+    assert (
+        {"WSI101", "WSI102", "WSI111"} <= codes <= {f"WSI1{n}" for n in ("01", "02", "11", "30", "40", "41")}
+    )
 
 
 def test_close_and_pickle(tmp_path: Path) -> None:

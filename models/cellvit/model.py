@@ -84,7 +84,7 @@ class CellViTModel(TileModel):
         """
         pixels = batch.float().div(255).sub(self._mean.to(batch.device)).div(self._std.to(batch.device))
         pixels = pixels.contiguous(memory_format=torch.channels_last)
-        out = self._network(pixels, tokens=True) if self._classifier else self._network(pixels)
+        out = self._network(pixels)
         maps = {"nuclei": out["nuclei_binary_map"].float().softmax(1)[:, 1:2], "hv": out["hv_map"].float()}
         if self._classifier is not None:
             maps["tokens"] = out["tokens"].float()

@@ -22,7 +22,7 @@ _FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _FAULTS = (
     "",
     "premature end of the data segment",
-    "bad Huffman code",
+    "impossible Huffman code",
     "bytes left over before a marker",
     "a restart marker is out of place",
 )

@@ -18,7 +18,7 @@ def entropy(
     """Walk `units` coded units from byte `at`; return a fault and the place of the marker behind them.
 
     `blocks` (n,) counts the blocks of each component in a unit; rows 2c and 2c + 1 of the tables belong to
-    its DC and AC codes. Faults: 1 premature end, 2 no such code, 3 bytes left over, 4 restart marker.
+    its DC and AC codes. Faults: 1 premature end, 2 impossible code, 3 bytes left over, 4 restart marker.
     """
     size = len(data)
     # `bits` counts what is in `buffer`; the lowest `fake` of them were made up behind the end.
@@ -33,7 +33,7 @@ def entropy(
             buffer, bits, fake = np.uint64(0), 0, 0
         for component in range(blocks.shape[0]):
             for _ in range(blocks[component]):
-                k = 0
+                k = step = 0
                 while k < 64:
                     while bits < 32:  # a code and its value take 31 bits at most
                         byte = 0
@@ -62,6 +62,8 @@ def entropy(
                     bits -= step >> 8
                     if bits < fake:
                         return 1, at
+                if k > 64 and step & 255 < 64:  # beyond its block, and not by an end-of-block
+                    return 2, at
     # Behind the last block comes the rest of its byte. Some writers add bytes of 0x00 or 0xFF; others mean
     # that the walk lost its way.
     real = bits - fake

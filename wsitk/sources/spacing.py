@@ -10,6 +10,8 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from wsitk.errors import SpacingError
 from wsitk.geometry import Spacing
 from wsitk.sources.base import Source
@@ -39,8 +41,8 @@ def explicit(mpp: float | Sequence[float] | None, ndim: int) -> list[Spacing]:
     """Return what the caller gave as the first rung of the ladder; one number stands for all axes."""
     if mpp is None:
         return []
-    values = (float(mpp),) * ndim if isinstance(mpp, int | float) else tuple(float(v) for v in mpp)
-    return [Spacing(values, "--mpp")]
+    values = tuple(float(v) for v in np.atleast_1d(mpp))
+    return [Spacing(values * ndim if len(values) == 1 else values, "--mpp")]
 
 
 def judge(

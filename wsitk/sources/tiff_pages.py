@@ -50,8 +50,7 @@ class TiledPage:
 def page_of(page: Any, name: str) -> TiledPage:
     """Return what a tifffile page states; raises SourceError for what cannot or must not be decoded.
 
-    WSI131 for a compression without a decoder, WSI140 and WSI141 for sizes beyond the limits, WSI101 for
-    the rest.
+    WSI140 and WSI141 for sizes beyond the limits, WSI101 for the rest (another reader may know better).
     """
     shape = (int(page.imagelength), int(page.imagewidth))
     check_pixels(name, shape)
@@ -126,13 +125,13 @@ def pages_of_pyramid(pages: Sequence[Any], aperio: bool) -> list[Any]:
     reduced or that an Aperio file holds; a later page as large as the first is another plane, not a level.
     """
     first = pages[0]
-    if first.subifds:
-        return [first, *(p for p in first.pages if p.is_tiled)]
     found = [first]
-    for page in pages[1:]:
+    for page in first.pages if first.subifds else pages[1:]:
         # Bit 0 of NewSubfileType means reduced, bit 2 a mask. Aperio's label and macro are never tiled.
-        reduced = bool(int(page.subfiletype) & 1) or aperio or page.imagewidth < first.imagewidth
-        if page.is_tiled and reduced and not int(page.subfiletype) & 4 and page.dtype == first.dtype:
+        kind = int(page.subfiletype)
+        reduced = aperio or bool(kind & 1) or page.imagewidth < first.imagewidth
+        alike = page.dtype == first.dtype and page.samplesperpixel == first.samplesperpixel
+        if page.is_tiled and reduced and alike and not kind & 4:
             found.append(page)
     return found
 
@@ -165,9 +164,9 @@ def _ome_spacing(xml: str) -> list[Spacing]:
     size = {a: pixels.get(f"PhysicalSize{a}") for a in "XY"}
     values = []
     for axis, other in (("Y", "X"), ("X", "Y")):
-        unit = pixels.get(f"PhysicalSize{axis}Unit", "µm").replace("\u03bc", "µ")
-        text = size[axis] if size[axis] is not None else size[other]
-        values.append(parse_number(text) * _OME_UNIT_UM.get(unit, math.nan))
+        told = axis if size[axis] is not None else other
+        unit = pixels.get(f"PhysicalSize{told}Unit", "µm").replace("\u03bc", "µ")
+        values.append(parse_number(size[told]) * _OME_UNIT_UM.get(unit, math.nan))
     return [Spacing(tuple(values), "OME PhysicalSizeX")]
 
 

@@ -225,14 +225,16 @@ class _Page:
 
     def _header(self, title: str, below: str, facts: Sequence[str]) -> None:
         right = float(_WIDTH - _MARGIN)
-        for fact in reversed(facts):
-            name, _, value = fact.rpartition(": ")
-            width = max(text_width(value, 30), text_width(name, 18))
-            if right - width < _WIDTH * 0.45:
+        pairs = [(name, value) for name, _, value in (fact.rpartition(": ") for fact in facts)]
+        # smaller letters before fewer facts; the title keeps a third of the line
+        for size in (30, 26, 22, 18):
+            widths = [max(text_width(value, size), text_width(name, 18)) + 48 for name, value in pairs]
+            if sum(widths) <= _WIDTH * 0.62:
                 break
-            self._write(right, 38, value, 30, anchor="ra")
+        for (name, value), width in reversed(list(zip(pairs, widths, strict=True)) if pairs else []):
+            self._write(right, 68 - size, value, size, anchor="ra")
             self._write(right, 84, name, 18, _SOFT, "ra")
-            right -= width + 48
+            right -= width
         self._write(_MARGIN, 30, _shorten(title, right - _MARGIN, 42), 42)
         self._write(_MARGIN, 88, _shorten(below, right - _MARGIN, 24), 24, _SOFT)
         self._rule(130)

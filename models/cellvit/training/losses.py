@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BINARY_WEIGHT, DICE_WEIGHT, MSE_WEIGHT, GRADIENT_WEIGHT = 1.0, 1.0, 2.5, 2.0
+BINARY_WEIGHT, DICE_WEIGHT, MSE_WEIGHT, GRADIENT_WEIGHT = 1.5, 0.25, 2.5, 2.0
 BACKGROUND_SHARE = 0.1
 """Weight of background pixels in the distance loss: the maps are only read inside nuclei."""
 
