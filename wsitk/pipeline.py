@@ -322,6 +322,7 @@ class Runner:
             return
         finally:
             job.journal.close()
+            del self._jobs[name]  # its mask and grid: a run over many slides must not collect them
         job.seconds["finish"] = time.perf_counter() - began
         job.seconds["total"] = time.perf_counter() - job.began
         self._end(done_row(job.plan, record, job.seconds, self._settings.max_unreadable))
