@@ -122,7 +122,7 @@ def cellvit() -> Predictor:
 
 def instanseg(path: Path) -> Predictor:
     """InstanSeg's published TorchScript, its input stretched from the 0.1st to the 99.9th percentile."""
-    network = torch.jit.load(path)
+    network = torch.jit.load(path)  # type: ignore[no-untyped-call]
 
     def predict(image: Array) -> Array:
         pixels = image.astype(np.float32)

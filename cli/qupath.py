@@ -26,5 +26,6 @@ def check(files: Annotated[list[Path], typer.Argument(help="GeoJSON files, also 
     for file in files:
         report = check_geojson(file)
         good &= report.ok
-        typer.echo(f"{file}: {report}")
+        for line in report.lines():
+            typer.echo(line)
     raise typer.Exit(int(not good))

@@ -169,7 +169,7 @@ def test_a_failure_leaves_no_file(tmp_path):
 _COORDINATE = st.one_of(st.integers(0, 6).map(float), st.floats(0, 6).map(lambda v: round(v, 3)))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(st.lists(st.tuples(_COORDINATE, _COORDINATE), min_size=3, max_size=9))
 def test_what_is_kept_passes_qupaths_reduction(points):
     shape = np.array([shapely.Polygon(points)])

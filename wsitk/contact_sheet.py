@@ -12,7 +12,14 @@ from wsitk.record import NOTICE, InputRow
 
 __all__ = ["write_contact_sheet"]
 
-FILES = ("preview.png", "objects.geojson.gz", "objects.parquet", "maps.ome.zarr", "tiles.parquet", "provenance.json")
+FILES = (
+    "preview.png",
+    "objects.geojson.gz",
+    "objects.parquet",
+    "maps.ome.zarr",
+    "tiles.parquet",
+    "provenance.json",
+)
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>wsitk: {title}</title>

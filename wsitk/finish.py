@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, final
 
@@ -81,10 +81,11 @@ def finish(
     unreadable = [plan.level0(r) for r in ledger.regions(plan, "unreadable", "model_failed")]
     density = DensityMap(plan.grid.extent, plan.spacing_um)
     counts: dict[str, int] = {}
+    view: dict[str, int] = {}
     if spec.objects:
         counts = _write_objects(plan, spec, journal, committed, folder, ledger, density)
         if settings.geojson and spec.ndim == 2:
-            _write_geojson(plan, spec, folder, unreadable)
+            view = _write_geojson(plan, spec, folder, unreadable)
     if settings.maps and spec.fields:
         _write_maps(plan, spec, journal, committed, folder, density if spec.objects else None)
     write_ledger(
@@ -97,7 +98,7 @@ def finish(
     )
     if settings.preview and spec.objects and spec.ndim == 2 and spec.channels == 3:
         _draw(plan, spec, folder, source, ledger)
-    body = _body(plan, spec, ledger, counts)
+    body = _body(plan, spec, ledger, counts) | {"geojson": view}
     record = provenance(folder, body)
     write_durably(folder / "provenance.json", json.dumps(record, indent=1, sort_keys=True).encode())
     journal.forget_blocks()
@@ -194,9 +195,9 @@ def _touches(table: ObjectTable, regions: list[Region]) -> NDArray[np.bool_]:
     return hit
 
 
-def _write_geojson(plan: Plan, spec: ModelSpec, folder: Path, unreadable: list[Region]) -> None:
-    """Write the QuPath view; an object lost on QuPath's grid would be a broken promise, so it is an error."""
-    write_geojson(
+def _write_geojson(plan: Plan, spec: ModelSpec, folder: Path, unreadable: list[Region]) -> dict[str, int]:
+    """Write the QuPath view; return how many objects it holds, had to mend, and could not show."""
+    counts = write_geojson(
         folder / "objects.parquet",
         folder / "objects.geojson.gz",
         classes=spec.classes,
@@ -204,6 +205,7 @@ def _write_geojson(plan: Plan, spec: ModelSpec, folder: Path, unreadable: list[R
         unreadable=unreadable,
         overwrite=True,
     )
+    return asdict(counts)
 
 
 # --- maps --------------------------------------------------------------------------------------------

@@ -1,11 +1,11 @@
 """Tiles, and the arrangement of tiles over an extent: integer arithmetic only, no I/O, no torch.
 
-    read   ┌───────────────┐      owned regions partition the extent: nothing twice, nothing missed.
-           │   owned       │      read = the lattice cell + halo on each side, constant in size; it may
-           │  ┌─────────┐  │      reach beyond the image, where the source pads.
-           │  │         │  │
-           │  └─────────┘  │
-           └───────────────┘
+read   ┌───────────────┐      owned regions partition the extent: nothing twice, nothing missed.
+       │   owned       │      read = the lattice cell + halo on each side, constant in size; it may
+       │  ┌─────────┐  │      reach beyond the image, where the source pads.
+       │  │         │  │
+       │  └─────────┘  │
+       └───────────────┘
 """
 
 from __future__ import annotations
@@ -94,9 +94,7 @@ class TileGrid:
     @cached_property
     def first(self) -> tuple[int, ...]:
         """Return the lattice index of the tile that owns the extent's first pixel."""
-        return tuple(
-            (a - o) // c for a, o, c in zip(self.extent.start, self.origin, self.cell, strict=True)
-        )
+        return tuple((a - o) // c for a, o, c in zip(self.extent.start, self.origin, self.cell, strict=True))
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
@@ -114,8 +112,7 @@ class TileGrid:
         """Return tile `index` in C order; raises IndexError outside ``0 .. len - 1``."""
         position = self.position(index)
         start = tuple(
-            o + (f + k) * c
-            for o, f, k, c in zip(self.origin, self.first, position, self.cell, strict=True)
+            o + (f + k) * c for o, f, k, c in zip(self.origin, self.first, position, self.cell, strict=True)
         )
         cell = Region(start, self.cell)
         return Tile(index, cell.intersect(self.extent), cell.grow(self.halo))
@@ -142,7 +139,9 @@ class TileGrid:
     def overlapping(self, region: Region) -> Iterator[Tile]:
         """Yield, in index order, the tiles whose `read` window overlaps `region`."""
         ranges = []
-        spans = zip(region.start, region.stop, self.origin, self.cell, self.halo, self.first, self.counts, strict=True)
+        spans = zip(
+            region.start, region.stop, self.origin, self.cell, self.halo, self.first, self.counts, strict=True
+        )
         for a, b, o, c, h, f, n in spans:
             low = (a - h - o) // c - f
             high = (b - 1 + h - o) // c - f

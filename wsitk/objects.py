@@ -174,7 +174,9 @@ class ObjectTable:
             for name in cls.__dataclass_fields__
             if name not in ("offset", "columns")
         }
-        offset = np.concatenate([t.offset[:-1] + s for t, s in zip(tables, shifts, strict=False)] + [shifts[-1:]])
+        offset = np.concatenate(
+            [t.offset[:-1] + s for t, s in zip(tables, shifts, strict=False)] + [shifts[-1:]]
+        )
         columns = {n: np.concatenate([t.columns[n] for t in tables]) for n in names}
         return cls(**joined, offset=offset.astype(np.int64), columns=columns)
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import wsitk
+from wsitk.blocks import BlockTask
 from wsitk.errors import SourceError, UsageError
 from wsitk.geometry import Region, Spacing
 from wsitk.grid import TileGrid
@@ -22,7 +23,6 @@ from wsitk.sources.base import Source, SourceRef
 from wsitk.sources.spacing import require_spacing
 from wsitk.sources.working import WorkingImage
 from wsitk.tissue import TissueMask, everywhere, find_tissue, from_geojson, thumbnail
-from wsitk.blocks import BlockTask
 
 __all__ = ["Plan", "make_plan", "working_image", "resolve_spec"]
 

@@ -102,7 +102,7 @@ def windows(slide: openslide.OpenSlide, side: int) -> Iterator[tuple[int, int, f
 
 def instanseg(path: Path) -> Teacher:
     """InstanSeg at SPACING; its input is stretched from the 0.1st to the 99.9th percentile."""
-    network = torch.jit.load(path)
+    network = torch.jit.load(path)  # type: ignore[no-untyped-call]
 
     def label(image: Image) -> Labels:
         pixels = image.astype(np.float32)
