@@ -74,4 +74,13 @@ def test_a_geojson_without_polygons_is_refused(tmp_path: Path) -> None:
 
 
 def test_area_counts_mask_pixels() -> None:
-    assert everywhere((10, 20), (4.0, 4.0)).area_um2((0.5, 0.5)) == pytest.approx(10 * 20 * 4)
+    mask = everywhere((10, 20), (4.0, 4.0))
+    assert mask.area_um2((0.5, 0.5), Region((0, 0), (40, 80))) == pytest.approx(10 * 20 * 4)
+    assert mask.area_um2((0.5, 0.5), Region((0, 0), (20, 40))) == pytest.approx(5 * 10 * 4)
+
+
+def test_area_is_that_of_the_tissue_without_its_margin() -> None:
+    truth = box((100, 100), slice(20, 60), slice(20, 60))
+    mask = find_tissue(slide(truth), (16.0, 16.0), 8.0)
+    area = mask.area_um2((0.5, 0.5), Region((0, 0), (1600, 1600)))
+    assert area == pytest.approx(truth.sum() * 64, rel=0.1)

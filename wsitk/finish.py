@@ -292,7 +292,7 @@ def _draw(plan: Plan, spec: ModelSpec, folder: Path, source: Source, ledger: Led
         folder / "preview.png",
         pixels,
         (scale[1], scale[0]),
-        plan.tissue.mask,
+        plan.tissue.core,
         folder / "tiles.parquet",
         folder / "objects.parquet",
         spec.classes,

@@ -58,8 +58,10 @@ class Plan:
 
     @property
     def tissue_mm2(self) -> float:
-        """Return the area of tissue in mm²; 0 where the spacing is unknown."""
-        return self.tissue.area_um2(self.spacing.um) / 1e6 if self.spacing else 0.0
+        """Return the area of tissue in the extent, in mm²; 0 where the spacing is unknown."""
+        if self.spacing is None:
+            return 0.0
+        return self.tissue.area_um2(self.spacing.um, self.level0(self.grid.extent)) / 1e6
 
     def level0(self, region: Region) -> Region:
         """Return a working region in level-0 pixels, rounded outwards."""

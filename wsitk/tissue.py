@@ -35,11 +35,13 @@ otherwise be split through its tissue, and one without tissue through its noise.
 class TissueMask:
     """A coarse boolean image over level 0.
 
-    `scale` is the number of level-0 pixels per mask pixel along each axis; `threshold` the optical
-    density above glass that was used, None where a person drew the mask.
+    `core` is the tissue itself, `mask` the tissue and a margin around it, which is what is read. `scale` is
+    the number of level-0 pixels per mask pixel along each axis; `threshold` the optical density above glass
+    that was used, None where a person drew the mask.
     """
 
     mask: NDArray[np.bool_]
+    core: NDArray[np.bool_]
     scale: tuple[float, ...]
     threshold: float | None = None
 
@@ -47,14 +49,14 @@ class TissueMask:
         """Tell whether any tissue lies in `region` (level-0 pixels)."""
         return bool(self.mask[self._window(region)].any())
 
-    def area_um2(self, spacing_um: tuple[float, ...]) -> float:
-        """Return the masked area (2-D; the product of all axes in general)."""
+    def area_um2(self, spacing_um: tuple[float, ...], region: Region) -> float:
+        """Return the area of tissue in `region` (level-0 pixels); `spacing_um` is level 0's."""
         pixel = float(np.prod(np.multiply(self.scale, spacing_um)))
-        return float(self.mask.sum()) * pixel
+        return float(self.core[self._window(region)].sum()) * pixel
 
     def both(self, other: TissueMask) -> TissueMask:
         """Return the intersection with a mask of the same shape."""
-        return TissueMask(self.mask & other.mask, self.scale, self.threshold)
+        return TissueMask(self.mask & other.mask, self.core & other.core, self.scale, self.threshold)
 
     def _window(self, region: Region) -> tuple[slice, ...]:
         spans = zip(region.start, region.stop, self.scale, self.mask.shape, strict=True)
@@ -109,7 +111,7 @@ def find_tissue(pixels: NDArray[np.uint8], scale: tuple[float, ...], um: float |
     radius = max(1, round(MARGIN_UM / pixel_um))
     disk = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1,) * 2)
     grown = cv2.dilate(mask.astype(np.uint8), disk).astype(bool)
-    return TissueMask(grown, scale, threshold)
+    return TissueMask(grown, mask, scale, threshold)
 
 
 def _drop_specks(mask: NDArray[np.bool_], smallest: float) -> NDArray[np.bool_]:
@@ -123,7 +125,8 @@ def _drop_specks(mask: NDArray[np.bool_], smallest: float) -> NDArray[np.bool_]:
 
 def everywhere(shape: tuple[int, ...], scale: tuple[float, ...]) -> TissueMask:
     """Return a mask that leaves nothing out."""
-    return TissueMask(np.ones(shape, bool), scale)
+    whole = np.ones(shape, bool)
+    return TissueMask(whole, whole, scale)
 
 
 def from_geojson(path: str, shape: tuple[int, ...], scale: tuple[float, ...]) -> TissueMask:
@@ -143,7 +146,8 @@ def from_geojson(path: str, shape: tuple[int, ...], scale: tuple[float, ...]) ->
         raise UsageError(
             "WSI014", f"{path} holds no Polygon or MultiPolygon; draw regions and export them as GeoJSON"
         )
-    return TissueMask(mask.astype(bool), scale)
+    drawn = mask.astype(bool)
+    return TissueMask(drawn, drawn, scale)
 
 
 def _polygons(node: object) -> list[list[list[list[float]]]]:
