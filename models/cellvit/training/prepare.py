@@ -84,7 +84,7 @@ def prepare_slide(source: str, path: Path, teacher: Teacher, out: Path) -> None:
                 cv2.resize(window, (WINDOW_PX, WINDOW_PX), interpolation=cv2.INTER_AREA), np.uint8
             )
             inst = np.zeros(image.shape[:2], np.uint16) if kind == "bg" else teacher(image)
-            save(out, f"{kind}_{source}_{x}_{y}", image, inst, SPACING)
+            save(out, f"{kind}_{path.stem}_{x}_{y}", image, inst, SPACING)
 
 
 def windows(slide: openslide.OpenSlide, side: int) -> Iterator[tuple[int, int, float]]:
