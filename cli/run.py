@@ -130,6 +130,7 @@ def _terminate(number: int, frame: object) -> None:
 
 def _dry_run(runner: Runner, work: list[Input], as_json: bool) -> None:
     """Print, for each input, what a run would do."""
+    seconds, memory = runner.estimate()
     for plan in runner.plans(work):
         facts: dict[str, Any] = {
             "input": plan.name,
@@ -138,6 +139,8 @@ def _dry_run(runner: Runner, work: list[Input], as_json: bool) -> None:
             "tiles_on_glass": int((~plan.active).sum()),
             "tissue_mm2": round(plan.tissue_mm2, 2),
             "pixels": plan.grid.extent.shape,
+            "minutes": round(float(plan.active.sum()) * seconds / 60, 1),
+            "memory_mib": round(memory),
         }
         text = ", ".join(f"{k} {v}" for k, v in facts.items() if k != "input")
         typer.echo(json.dumps(facts) if as_json else f"{plan.name}: {text}")

@@ -16,7 +16,7 @@ import tifffile
 from numpy.typing import NDArray
 
 import wsitk
-from wsitk.errors import OutputError, UsageError
+from wsitk.errors import OutputError, SourceError, UsageError
 from wsitk.grid import Tile
 from wsitk.model import TileModel, TileResult
 from wsitk.pipeline import Event, Input, Runner, exit_code
@@ -202,3 +202,15 @@ def test_the_summary_has_a_line_for_every_input(slide: SyntheticSlide, tmp_path:
     page = (tmp_path / "out" / "index.html").read_text()
     assert "good.tiff" in page
     assert "bad.tiff" in page
+
+
+def test_pixels_of_another_type_are_refused(tmp_path: Path) -> None:
+    deep = np.zeros((300, 300, 3), np.uint16)
+    with pytest.raises(SourceError, match=r"WSI130 .*uint16.*uint8"):
+        wsitk.run(OracleModel(tile=(192, 192), halo=(32, 32)), deep, out=tmp_path, spacing=0.5, **PLAIN)
+
+
+def test_a_run_says_what_it_would_cost(tmp_path: Path) -> None:
+    seconds, memory = Runner(OracleModel(tile=(64, 64), halo=(8, 8)), tmp_path, Settings(**PLAIN)).estimate()
+    assert seconds > 0
+    assert memory > 0

@@ -73,8 +73,8 @@ class ModelSpec:
     tile, halo, align
         Default read window and margin in working pixels, and the period of the network's inner windows
         (tiles start at multiples of it, so that every grid sees the same partition).
-    channels
-        Number of channels it reads (3 = RGB).
+    channels, dtype
+        Number (3 = RGB) and type of the channels it reads; an empty `dtype` takes any.
     border, fill
         How the source pads beyond the image: ``reflect``, ``constant`` (with `fill`) or ``clip``.
     fields, objects, classes
@@ -96,6 +96,7 @@ class ModelSpec:
     halo: tuple[int, ...]
     align: tuple[int, ...]
     channels: int = 3
+    dtype: str = "uint8"
     spacing_tolerance: float = 0.05
     border: Literal["reflect", "constant", "clip"] = "reflect"
     fill: int = 255

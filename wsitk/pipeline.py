@@ -17,7 +17,10 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from wsitk.blocks import BlockError, BlockReport, BlockTask
 from wsitk.contact_sheet import write_contact_sheet
@@ -29,7 +32,7 @@ from wsitk.model import ModelSpec, TileModel
 from wsitk.outcome import done_row, exit_code, failed_row, known_error
 from wsitk.plan import Plan, make_plan, resolve_spec, working_image
 from wsitk.predictor import Predictor
-from wsitk.record import InputRow, read_json, write_run, write_summary
+from wsitk.record import InputRow, peak_memory_mib, read_json, write_run, write_summary
 from wsitk.registry import load_model
 from wsitk.result import Result
 from wsitk.settings import Settings, available_cpus
@@ -37,10 +40,6 @@ from wsitk.sources import open_source
 from wsitk.sources.base import Source, SourceRef
 from wsitk.sources.working import WorkingImage
 from wsitk.worker import BlockWorker
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 __all__ = ["Event", "Input", "Result", "Runner", "exit_code", "run"]
 
@@ -155,6 +154,23 @@ class Runner:
             plan = self._guarded(item.name, partial(self._plan, item))
             if plan is not None:
                 yield plan
+
+    def estimate(self) -> tuple[float, float]:
+        """Return what a tile costs on this machine: seconds in the network, and MiB of memory in all.
+
+        Runs a blank group of tiles twice and times the second time.
+        """
+        fix_arithmetic(self._settings.threads or 1)
+        predictor = Predictor(self._model, self._device, self._settings.precision)
+        blank = [np.full((*self._spec.tile, self._spec.channels), 255, np.uint8)] * self._spec.compute_batch
+        seconds = 0.0
+        for _ in range(2):
+            began = time.perf_counter()
+            for outputs in predictor(blank)[0]:
+                for value in outputs.values():
+                    value.cpu()
+            seconds = time.perf_counter() - began
+        return seconds / len(blank), peak_memory_mib()
 
     # --- planning ------------------------------------------------------------------------------------
 

@@ -145,11 +145,12 @@ def _check_shape(source: Source, spec: ModelSpec) -> None:
         raise SourceError(
             "WSI113", f"{source.name} has {source.ndim} spatial axes, {spec.name} works on {spec.ndim}"
         )
-    channels = len(source.channel_names)
-    if channels != spec.channels:
+    channels, dtype = len(source.channel_names), source.dtype.name
+    if channels != spec.channels or spec.dtype not in ("", dtype):
         raise SourceError(
             "WSI130",
-            f"{source.name} has {channels} channels ({source.dtype}), {spec.name} reads {spec.channels}",
+            f"{source.name} has {channels} channels of {dtype}, {spec.name} reads {spec.channels} of "
+            f"{spec.dtype or 'any type'}; convert it, or use a model for such images",
         )
 
 

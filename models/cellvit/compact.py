@@ -12,6 +12,7 @@ Nothing here looks at a whole tile: no global attention, no position embedding, 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ STD = (0.229, 0.224, 0.225)
 LATTICE = 128
 """Height and width must be multiples of this; shifts by it leave the prediction unchanged."""
 
-PADDING = "reflect"
+PADDING: Final = "reflect"
 """What convolutions see beyond a tile. Zeros are an edge that attention carries inwards window by window: with
 them the maps 64 pixels inside a tile moved ten times as far as with a mirror image, and objects with them."""
 
