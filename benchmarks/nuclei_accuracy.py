@@ -83,13 +83,13 @@ def examples(folder: Path, limit: int) -> Iterator[tuple[Array, Array]]:
     """Images and their instances, in the order of their names."""
     for path in sorted(folder.glob("*.jpg"))[:limit]:
         with np.load(path.with_name(f"{path.stem}_inst.npz")) as data:
-            yield cv2.imread(str(path))[..., ::-1], data["inst"].astype(np.int32)
+            yield np.asarray(cv2.imread(str(path)))[..., ::-1], data["inst"].astype(np.int32)
 
 
 def shrink(image: Array) -> Array:
     """0.25 to 0.5 µm/px by averaging."""
     size = (image.shape[1] // 2, image.shape[0] // 2)
-    return cv2.resize(np.ascontiguousarray(image), size, interpolation=cv2.INTER_AREA)
+    return np.asarray(cv2.resize(np.ascontiguousarray(image), size, interpolation=cv2.INTER_AREA))
 
 
 def enlarge(labels: Array, shape: tuple[int, ...]) -> Array:
@@ -129,7 +129,8 @@ def instanseg(path: Path) -> Predictor:
         low, high = np.percentile(pixels, (0.1, 99.9), axis=(0, 1)).astype(np.float32)
         stretched = torch.from_numpy((pixels - low) / (high - low + 1e-6))
         with torch.inference_mode():
-            return network(stretched.permute(2, 0, 1)[None])[0, 0].numpy().astype(np.int32)
+            found = network(stretched.permute(2, 0, 1)[None])[0, 0]
+        return np.asarray(found.numpy(), np.int32)
 
     return predict
 

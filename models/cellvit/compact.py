@@ -4,7 +4,8 @@ The shape follows CellViT (Hörst et al. 2024): a transformer encoder whose inte
 decoders, and one decoder branch per map. Three things differ. The encoder is TinyViT-5M (Wu et al. 2022) as
 MobileSAM trained it, the skips are computed once for both branches, and every attention window is 8 tokens
 wide. Windows of 8 at strides 8 and 16 span 64 and 128 pixels, so shifting the image by 128 pixels shifts the
-maps by 128 pixels (apart from the border): an engine that aligns its tiles to that lattice sees no seams.
+maps by 128 pixels (apart from the border): an engine that aligns its tiles to that lattice
+has no seams but those of the border.
 
 Nothing here looks at a whole tile: no global attention, no position embedding, no per-tile normalisation.
 """

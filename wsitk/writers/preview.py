@@ -184,7 +184,8 @@ def _window_shape(spacing_um: float | None, extent: tuple[float, float]) -> tupl
 def _choose(census: Census, shape: tuple[int, int], extent: tuple[float, float]) -> list[Region]:
     """Return up to three windows: the fullest, the most mixed, and an ordinary one.
 
-    The third has about the median number of objects among the windows that hold any.
+    The third has about the median number of objects among the windows that hold any. Where there is one
+    class, the second is a fuller one than that: at the third quartile.
     """
     total = census.cells.sum(axis=0)
     share = census.cells / np.maximum(total, 1)
@@ -192,7 +193,10 @@ def _choose(census: Census, shape: tuple[int, int], extent: tuple[float, float])
     full = np.sqrt(total)
     middle = float(np.median(total[total > 0])) if total.any() else 0.0
     found: list[tuple[int, int]] = []
-    for score in (full, entropy * full, -np.abs(total - middle)):
+    mixed = entropy * full
+    if not mixed.any() and total.any():
+        mixed = -np.abs(total - np.percentile(total[total > 0], 75))
+    for score in (full, mixed, -np.abs(total - middle)):
         ranked = np.where(total > 0, score, -np.inf)
         for row, column in found:  # nor a neighbour: three windows should show three places
             ranked[max(0, row - 1) : row + 2, max(0, column - 1) : column + 2] = -np.inf
