@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import subprocess
 import sys
 import tempfile
-import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
@@ -65,7 +65,7 @@ def _from_site() -> bytes | None:
         with urllib.request.urlopen(URL, timeout=20) as answer:
             content: bytes = answer.read(16 << 20)
             return content
-    except (urllib.error.URLError, OSError):
+    except (http.client.HTTPException, OSError):  # URLError is an OSError
         return None
 
 
@@ -95,6 +95,7 @@ def _from_wheel() -> bytes | None:
 
 def _synthetic() -> Path:
     """Write a synthetic H&E slide with a stated pixel size."""
+    import numpy as np
     import tifffile
 
     from wsitk.testing import SyntheticSlide
@@ -102,7 +103,8 @@ def _synthetic() -> Path:
     target = home() / "demo" / "synthetic-he.tiff"
     target.parent.mkdir(parents=True, exist_ok=True)
     per_cm = 1e4 / 0.5
-    pixels = SyntheticSlide.make((2048, 2048), count=4000, seed=1).pixels
+    tissue = SyntheticSlide.make((2048, 2048), count=4000, seed=1).pixels
+    pixels = np.pad(tissue, [(256, 256), (256, 256), (0, 0)], constant_values=245)  # glass around it
     tifffile.imwrite(
         target, pixels, tile=(256, 256), photometric="rgb", compression="zlib",
         resolution=(per_cm, per_cm), resolutionunit="CENTIMETER",

@@ -110,9 +110,9 @@ def execute(
     signal.signal(signal.SIGTERM, _terminate)
     with JsonLines() if as_json else Display(len(found.items), dict(found.skipped)) as display:
         by_name = _by_name(mpp, found.items) if isinstance(mpp, dict) else mpp
-        runner = Runner(
-            load_model(model, **(options or {})), out, settings, mpp=by_name, on_event=display.event
-        )
+        # a dry run says everything itself, at its end
+        listener = (lambda event: None) if dry_run else display.event
+        runner = Runner(load_model(model, **(options or {})), out, settings, mpp=by_name, on_event=listener)
         work = [Input(item.name, str(item.path)) for item in found.items]
         if dry_run:
             _dry_run(runner, work, as_json)
