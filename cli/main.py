@@ -54,9 +54,6 @@ def main() -> None:
     except WsitkError as error:
         typer.echo(f"wsitk: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("wsitk: interrupted; run the same command again to resume", err=True)
-        sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

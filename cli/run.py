@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
 from collections.abc import Mapping
 from dataclasses import fields
@@ -28,7 +29,8 @@ def run(
     inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Slides, folders or globs.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")],
     mpp: Annotated[
-        str, typer.Option(help="Pixel size in µm where files don't state it: a number, or a CSV of path,mpp.")
+        str,
+        typer.Option(help="Pixel size in µm, instead of what files state: a number, or a CSV of path,mpp."),
     ] = "",
     tile: Annotated[
         int | None, typer.Option(help="Read window in pixels at the model's spacing.")
@@ -76,8 +78,10 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Say everything as JSON lines.")] = False,
 ) -> None:
     """Run a model over slides. Running the same command again resumes."""
-    chosen = {f.name: v for f in fields(Settings) if (v := locals().get(f.name)) is not None}
-    settings = Settings(**{**chosen, "roi": _region(roi)})
+    if tissue not in ("auto", "none") and not Path(tissue).is_file():
+        raise UsageError("WSI014", f"--tissue wants auto, none or a GeoJSON file, got {tissue!r}")
+    given = locals().copy()  # of this function: inside a comprehension they would be the comprehension's
+    settings = Settings(**{f.name: given[f.name] for f in fields(Settings)} | {"roi": _region(roi)})
     named = {"classifier": classifier, "postprocessing": postprocessing}
     options = {key: value for key, value in named.items() if value}
     execute(
@@ -107,7 +111,8 @@ def execute(
         raise UsageError(
             "WSI001", f"no slides in {', '.join(inputs)} ({dict(found.skipped)}); name slides or a folder"
         )
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave)
     with JsonLines() if as_json else Display(len(found.items), dict(found.skipped)) as display:
         by_name = _by_name(mpp, found.items) if isinstance(mpp, dict) else mpp
         # a dry run says everything itself, at its end
@@ -122,9 +127,9 @@ def execute(
     raise typer.Exit(exit_code(runner.rows.values()))
 
 
-def _terminate(number: int, frame: object) -> None:
-    """Leave as a shell expects of a program that got SIGTERM; the journal needs no farewell."""
-    typer.echo("wsitk: terminated; run the same command again to resume", err=True)
+def _leave(number: int, frame: object) -> None:
+    """Leave as a shell expects of a program that got this signal; the journal needs no farewell."""
+    typer.echo("wsitk: interrupted; run the same command again to resume", err=True)
     raise SystemExit(128 + number)
 
 
@@ -154,7 +159,9 @@ def _region(text: str) -> tuple[int, int, int, int] | str | None:
         return None
     parts = text.split(",")
     if len(parts) == 4 and all(p.strip().lstrip("-").isdigit() for p in parts):
-        return cast("tuple[int, int, int, int]", tuple(int(p) for p in parts))
+        numbers = cast("tuple[int, int, int, int]", tuple(int(p) for p in parts))
+        if min(numbers[2:]) > 0:
+            return numbers
     if Path(text).is_file():
         return text
     raise UsageError(
@@ -181,11 +188,21 @@ def _number(text: str, place: str) -> float:
 
 
 def _by_name(table: dict[str, float], items: Any) -> dict[str, float]:
-    """Return input name -> spacing; a CSV line names an input by its path, its name or its file name."""
+    """Return input name -> spacing; a CSV line names an input by its path, its name or its file name.
+
+    Raises UsageError (WSI013) for a line that names no input: a typing error would go unseen.
+    """
+    wanted = dict.fromkeys(table, False)
     found = {}
     for item in items:
-        for spelling in (str(item.path), item.name, Path(item.path).name):
-            if spelling in table:
-                found[item.name] = table[spelling]
-                break
+        names = (item.name, Path(item.path).name, str(item.path))
+        for line in table:
+            if line in names or os.path.abspath(line) == str(item.path):
+                found[item.name] = table[line]
+                wanted[line] = True
+    unknown = [line for line, used in wanted.items() if not used]
+    if unknown:
+        raise UsageError(
+            "WSI013", f"--mpp names {unknown[0]!r}, which is none of the inputs; give its path or name"
+        )
     return found

@@ -299,3 +299,35 @@ def test_dry_run_writes_nothing(call: Call, data: Path, tmp_path: Path) -> None:
     assert plan["spacing_um"] == pytest.approx([0.5, 0.5], rel=0.05)
     assert {fact["code"] for fact in facts if fact.get("input") == "slide.tiff"} == {"WSI202"}
     assert not (tmp_path / "out").exists()
+
+
+def test_every_option_arrives_in_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrived: list[Settings] = []
+    monkeypatch.setattr("wsitk.cli.run.execute", lambda m, i, o, settings, **more: arrived.append(settings))
+    words = (
+        "run m in -o out --tile 512 --halo 32 --roi 1,2,3,4 --tissue none --precision bfloat16 --threads 3 --block 2 "
+        "--device cpu --batch 4 --workers 5 --max-unreadable 0.5 --overwrite --no-maps --no-geojson --no-preview"
+    )
+    result = CliRunner().invoke(app, words.split())
+    assert result.exit_code == 0, result.output
+    assert arrived == [
+        Settings(512, 32, (1, 2, 3, 4), "none", "bfloat16", 3, 2, "cpu", 4, 5, 0.5, True, False, False, False)
+    ]
+    assert all(getattr(arrived[0], f.name) != f.default for f in fields(Settings))
+
+
+def test_a_line_of_the_spacing_table_finds_its_input_or_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wsitk.cli.run import _by_name
+    from wsitk.errors import UsageError
+    from wsitk.sources.discover import expand_inputs
+
+    (tmp_path / "data").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "data" / name).write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    items = expand_inputs(["data"]).items
+    assert _by_name({"data/a.png": 0.3, "b.png": 0.4}, items) == {"a.png": 0.3, "b.png": 0.4}
+    with pytest.raises(UsageError, match=r"WSI013 .*c\.png"):
+        _by_name({"c.png": 0.3}, items)

@@ -84,3 +84,16 @@ def test_area_is_that_of_the_tissue_without_its_margin() -> None:
     mask = find_tissue(slide(truth), (16.0, 16.0), 8.0)
     area = mask.area_um2((0.5, 0.5), Region((0, 0), (1600, 1600)))
     assert area == pytest.approx(truth.sum() * 64, rel=0.1)
+
+
+def test_regions_drawn_in_qupath_count_from_the_scanned_bounds(tmp_path: Path) -> None:
+    path = tmp_path / "roi.geojson"
+    path.write_text('{"type": "Polygon", "coordinates": [[[0, 0], [100, 0], [100, 100], [0, 100], [0, 0]]]}')
+    mask = from_geojson(str(path), (100, 100), (10.0, 10.0), offset_xy=(500.0, 300.0))
+    assert mask.touches(Region((310, 510), (5, 5)))
+    assert not mask.touches(Region((10, 10), (5, 5)))
+
+
+def test_the_last_pixel_answers_for_what_lies_just_beyond_it() -> None:
+    mask = everywhere((24, 24), (16.0, 16.0))
+    assert mask.touches(Region((384, 0), (7, 391)))

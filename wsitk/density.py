@@ -54,7 +54,7 @@ class DensityMap:
 
         Interpolated linearly between the centres of bins, by absolute position.
         """
-        values = self._bins.astype(np.float64) / (self.full_scale_per_mm2 or 1.0)
+        values = self._bins
         spans = zip(region.start, region.shape, self._step, self._bins.shape, strict=True)
         for axis, (start, count, step, bins) in enumerate(spans):
             place = np.clip((start + np.arange(count) + 0.5) / step - 0.5, 0, bins - 1)
@@ -62,4 +62,5 @@ class DensityMap:
             part = (place - low).reshape([-1 if a == axis else 1 for a in range(values.ndim)])
             high = np.minimum(low + 1, bins - 1)
             values = values.take(low, axis) * (1 - part) + values.take(high, axis) * part
-        return np.asarray(np.rint(values * np.iinfo(dtype).max), dtype)
+        share = values / (self.full_scale_per_mm2 or 1.0)
+        return np.asarray(np.rint(share * np.iinfo(dtype).max), dtype)

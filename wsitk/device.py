@@ -40,6 +40,8 @@ def fix_arithmetic(threads: int) -> None:
 
     cv2.setNumThreads(1)  # tiles are the unit of parallel work; OpenCV's own pool would only get in the way
     torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
 

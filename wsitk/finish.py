@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsitk.density import DensityMap
-from wsitk.errors import SourceError
+from wsitk.errors import ModelError, SourceError
 from wsitk.geometry import Region
 from wsitk.journal import Journal, write_durably
 from wsitk.model import FieldSpec, ModelSpec
@@ -251,6 +251,8 @@ def _write_maps(
     density: DensityMap | None,
 ) -> None:
     """Write every field, and the density of objects, as channels of `maps.ome.zarr`."""
+    if len({f.dtype for f in spec.fields}) > 1:
+        raise ModelError("WSI335", f"the fields of {spec.name} differ in dtype; give all of them the same")
     mergers = [
         FieldMerger(plan.grid, f, _loader(journal, committed, f"field:{f.name}:", FieldPart.from_arrays))
         for f in spec.fields

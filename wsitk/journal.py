@@ -12,7 +12,6 @@ disk. Both come into being by rename, so neither is ever half there under its ow
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import io
 import json
 import os
@@ -27,7 +26,17 @@ from numpy.typing import NDArray
 
 from wsitk.errors import OutputError
 
-__all__ = ["Journal", "discard_other_run", "write_durably"]
+__all__ = ["RESULTS", "Journal", "discard_results", "write_durably"]
+
+RESULTS = (
+    "objects.parquet",
+    "objects.geojson.gz",
+    "maps.ome.zarr",
+    "tiles.parquet",
+    "preview.png",
+    "provenance.json",
+)
+"""Everything that a run writes into an input's folder; the last one says that it is complete."""
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -49,11 +58,13 @@ def write_durably(path: Path, data: bytes) -> None:
 class Journal:
     """The journal of one input, under its output folder. Use as a context manager: it holds the lock.
 
-    Raises OutputError: WSI503 if another process holds it, WSI510 if it belongs to another run key.
+    Raises OutputError: WSI503 if another process holds it, WSI510 if the folder belongs to another run key;
+    with `overwrite` the other run's results are removed instead.
     """
 
-    def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, key: Mapping[str, Any], *, overwrite: bool = False) -> None:
         self.folder = folder / ".wsitk"
+        self._overwrite = overwrite
         self.key = json.loads(json.dumps(key))
         self._blocks = self.folder / "blocks"
         self._lock: IO[bytes] | None = None
@@ -89,14 +100,33 @@ class Journal:
             self._lock = None
 
     def _check_key(self) -> None:
+        """Make sure that whatever lies in the folder belongs to this run's key."""
         path = self.folder / "key.json"
-        if path.is_file():
-            old = json.loads(path.read_text())
-            if old != self.key:
+        old = self._stored_key(path)
+        if old is not None and old != self.key:
+            if not self._overwrite:
                 raise OutputError("WSI510", self._difference(old))
-        else:
+            discard_results(self.folder.parent)
+            old = None
+        if old is None:  # the new key comes last: until then the folder is the other run's
+            self.forget_blocks()
+            write_durably(path, json.dumps(self.key, indent=1, sort_keys=True).encode())
+        elif not path.is_file():
             write_durably(path, json.dumps(self.key, indent=1, sort_keys=True).encode())
         self._blocks.mkdir(exist_ok=True)
+
+    def _stored_key(self, path: Path) -> dict[str, Any] | None:
+        """Return the key of what is here, from the journal or else from complete results; None if nothing is."""
+        complete = self.folder.parent / "provenance.json"
+        try:
+            if path.is_file():
+                key: dict[str, Any] = json.loads(path.read_bytes())
+                return key
+            if complete.is_file():
+                return dict(json.loads(complete.read_bytes())["key"])
+        except (ValueError, KeyError, TypeError):
+            return {"record": "damaged"}
+        return None
 
     def _difference(self, old: Mapping[str, Any]) -> str:
         names = [n for n in sorted({*old, *self.key}) if old.get(n) != self.key.get(n)]
@@ -114,7 +144,8 @@ class Journal:
         records = {}
         for path in sorted(self._blocks.glob("*.json")):
             record = json.loads(path.read_bytes())
-            if path.with_suffix(".npz").stat().st_size == record["bytes"]:
+            data = path.with_suffix(".npz")
+            if data.is_file() and data.stat().st_size == record["bytes"]:
                 records[int(path.stem)] = record
         return records
 
@@ -125,7 +156,7 @@ class Journal:
         data = buffer.getvalue()
         stem = self._blocks / f"{block:06d}"
         write_durably(stem.with_suffix(".npz"), data)
-        full = {**record, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        full = {**record, "bytes": len(data)}  # the data carries its own checksum, looked at when it is read
         write_durably(stem.with_suffix(".json"), json.dumps(full, sort_keys=True).encode())
 
     def load(self, block: int, prefix: str) -> dict[str, NDArray[Any]]:
@@ -138,22 +169,11 @@ class Journal:
         shutil.rmtree(self._blocks, ignore_errors=True)
 
 
-def discard_other_run(folder: Path, key: Mapping[str, Any]) -> None:
-    """Remove the results in `folder` if they belong to another run key; only files that wsitk wrote.
-
-    What the record does not name stays.
-    """
-    stored = folder / ".wsitk" / "key.json"
-    if not stored.is_file() or json.loads(stored.read_bytes()) == dict(key):
-        return
-    record = folder / "provenance.json"
-    names = json.loads(record.read_bytes())["outputs"] if record.is_file() else {}
-    for name in names:
-        path = folder / name
-        if path.resolve().is_relative_to(folder.resolve()):
-            path.unlink(missing_ok=True)
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir() and ".wsitk" not in path.parts and not any(path.iterdir()):
-            path.rmdir()
-    record.unlink(missing_ok=True)
-    shutil.rmtree(folder / ".wsitk")
+def discard_results(folder: Path) -> None:
+    """Remove what a finished run leaves in an input's folder; whatever else lies there stays."""
+    for name in RESULTS:
+        for path in (folder / name, folder / f".{name}.partial", folder / f".{name}.part"):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)

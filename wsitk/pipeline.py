@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, final
 
 import numpy as np
@@ -25,14 +25,14 @@ from numpy.typing import NDArray
 from wsitk.blocks import BlockError, BlockReport, BlockTask
 from wsitk.contact_sheet import write_contact_sheet
 from wsitk.device import choose_device, fix_arithmetic
-from wsitk.errors import OutputError, WsitkError
+from wsitk.errors import OutputError, UsageError, WsitkError
 from wsitk.finish import finish
-from wsitk.journal import Journal, discard_other_run
+from wsitk.journal import Journal
 from wsitk.model import ModelSpec, TileModel
 from wsitk.outcome import done_row, exit_code, failed_row, known_error
 from wsitk.plan import Plan, make_plan, resolve_spec, working_image
 from wsitk.predictor import Predictor
-from wsitk.record import InputRow, peak_memory_mib, read_json, write_run, write_summary
+from wsitk.record import InputRow, earlier_rows, peak_memory_mib, read_json, write_run, write_summary
 from wsitk.registry import load_model
 from wsitk.result import Result
 from wsitk.settings import Settings, available_cpus
@@ -71,7 +71,7 @@ class _Job:
     left: set[int]
     began: float
     seconds: dict[str, float] = field(default_factory=dict)
-    failure: BaseException | None = None
+    failed: bool = False
 
 
 def run(
@@ -89,7 +89,7 @@ def run(
     that stopped the input.
     """
     chosen = model if isinstance(model, TileModel) else load_model(model)
-    opened = source if isinstance(source, Source) else open_source(source, mpp=spacing)
+    opened = open_source(source, mpp=spacing)
     with contextlib.nullcontext(opened) if opened is source else opened:
         runner = Runner(chosen, Path(out), Settings(**settings))
         runner.run([Input(opened.name, opened)])
@@ -132,21 +132,26 @@ class Runner:
         started, began = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
         self._make_folder()
         fix_arithmetic(self._settings.threads or 1)
-        with ThreadPoolExecutor(1, "wsitk-finish") as finisher, contextlib.ExitStack() as locks:
-            self._work(inputs, finisher, locks)
-            for future in self._finishing:
-                future.result()
-        rows = list(self.rows.values())
+        try:
+            # the finisher is left first: it writes under the locks
+            with contextlib.ExitStack() as locks, ThreadPoolExecutor(1, "wsitk-finish") as finisher:
+                self._work(inputs, finisher, locks)
+                for future in self._finishing:
+                    future.result()
+        except BaseException:
+            with contextlib.suppress(OSError):  # what is done is told, if there is room to
+                self._report(started, time.perf_counter() - began)
+            raise
+        self._report(started, time.perf_counter() - began)
+        return list(self.rows.values())
+
+    def _report(self, started: str, seconds: float) -> None:
+        """Write the files over all inputs, those of earlier runs into this folder included."""
+        rows = list({**earlier_rows(self._out / "run.json"), **self.rows}.values())
         write_summary(self._out / "summary.csv", rows)
         write_contact_sheet(self._out, rows)
-        write_run(
-            self._out / "run.json",
-            started=started,
-            seconds=time.perf_counter() - began,
-            rows=rows,
-            settings={**asdict(self._settings), "device": str(self._device)},
-        )
-        return rows
+        settings = {**asdict(self._settings), "device": str(self._device)}
+        write_run(self._out / "run.json", started=started, seconds=seconds, rows=rows, settings=settings)
 
     def plans(self, inputs: Sequence[Input]) -> Iterator[Plan]:
         """Yield the plan of every input that can be run; the others end in `rows`. Writes nothing."""
@@ -192,6 +197,7 @@ class Runner:
         return open_source(item.source, mpp=mpp, name=Path(item.name).name)
 
     def _plan(self, item: Input) -> Plan:
+        _check_name(item.name)
         source = self._open(item)
         try:
             ref = source.ref
@@ -225,6 +231,7 @@ class Runner:
         issued: dict[tuple[str, int], BlockTask] = {}
 
         def issue(tasks: Iterable[BlockTask]) -> Iterator[BlockTask]:
+            nonlocal issued
             for task in tasks:
                 issued[task.input, task.block] = task
                 yield task
@@ -250,7 +257,8 @@ class Runner:
             except BlockError as failure:
                 _raise_if_disk(failure.__cause__, self._out)
                 self._abandon(failure)
-                again = [t for t in issued.values() if self._jobs[t.input].failure is None]
+                issued = {k: t for k, t in issued.items() if t.input != failure.input}
+                again = list(issued.values())
 
     def _tasks(
         self, inputs: Sequence[Input], finisher: ThreadPoolExecutor, locks: contextlib.ExitStack
@@ -270,26 +278,30 @@ class Runner:
                     continue
                 todo = frozenset(job.left)
                 for task in job.plan.tasks():
-                    if task.block in todo and job.failure is None:
+                    if task.block in todo and not job.failed:
                         yield task
 
     def _start(self, plan: Plan, locks: contextlib.ExitStack) -> _Job | None:
-        """Take the lock, look at what is done already, and announce the rest."""
+        """Take the lock, look at what is done already, and announce the rest; None if there is none."""
         folder = self._out / plan.name
         try:
-            if self._settings.overwrite:
-                discard_other_run(folder, plan.key)
-            journal = locks.enter_context(Journal(folder, plan.key))
-        except (WsitkError, OSError) as error:
+            journal = locks.enter_context(Journal(folder, plan.key, overwrite=self._settings.overwrite))
+            if (folder / "provenance.json").is_file():
+                journal.forget_blocks()  # a kill may have come between the last file and this
+                journal.close()
+                self._already_done(plan, folder)
+                return None
+            return self._begin(plan, folder, journal)
+        except OSError as error:
+            _raise_if_disk(error, self._out)
+            text = f"{folder}: {error.strerror or error}; mend it or choose another --out"
+            self._fail(plan.name, error if isinstance(error, WsitkError) else OutputError("WSI502", text))
+        except Exception as error:  # whatever it was, the other inputs go on
             self._fail(plan.name, error)
-            return None
-        if (folder / "provenance.json").is_file():
-            journal.forget_blocks()  # a kill may have come between the last file and this
-            journal.close()
-            self._already_done(plan, folder)
-            return None
-        todo = list(plan.tasks())
-        done = journal.committed()
+        return None
+
+    def _begin(self, plan: Plan, folder: Path, journal: Journal) -> _Job:
+        todo, done = list(plan.tasks()), journal.committed()
         job = _Job(plan, folder, journal, {t.block for t in todo} - done.keys(), time.perf_counter())
         self._jobs[plan.name] = job
         facts = {
@@ -309,12 +321,15 @@ class Runner:
         bad = [s.reason for s in report.statuses if s.status in ("unreadable", "model_failed")]
         facts = {"tiles": len(report.statuses), "objects": report.objects, "problems": bad}
         self._emit(Event("block", report.input, facts))
-        if not job.left and job.failure is None:
+        for future in self._finishing:  # a full disk stops the run now, not at its end
+            if future.done():
+                future.result()
+        if not job.left and not job.failed:
             self._finishing.append(finisher.submit(self._finish, job))
 
     def _abandon(self, failure: BlockError) -> None:
-        job = self._jobs[failure.input]
-        job.failure = failure
+        job = self._jobs.pop(failure.input)
+        job.failed = True
         job.journal.close()
         self._fail(failure.input, failure)
 
@@ -358,9 +373,21 @@ class Runner:
         self._emit(Event("ended", row.input, facts))
 
 
+def _check_name(name: str) -> None:
+    """Refuse a name that would write outside of its own folder below the output (UsageError WSI015)."""
+    parts = PurePosixPath(name).parts
+    if not parts or parts[0] == "/" or ".." in parts or name in ("run.json", "summary.csv", "index.html"):
+        raise UsageError(
+            "WSI015", f"an input cannot be called {name!r}: its results would have no folder of their own"
+        )
+
+
 def _raise_if_disk(error: BaseException | None, out: Path) -> None:
-    """Stop everything when the disk is full: nothing else could be written either."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        raise OutputError(
-            "WSI501", f"{out}: {os.strerror(error.errno)}; free some space and run the same command to resume"
-        ) from error
+    """Stop everything when the disk is full, at whatever depth that is said: nothing else could be written."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(
+                "WSI501",
+                f"{out}: {os.strerror(error.errno)}; free some space and run the same command to resume",
+            ) from error
+        error = error.__cause__

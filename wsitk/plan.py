@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 import wsitk
 from wsitk.blocks import BlockTask
-from wsitk.errors import SourceError, UsageError
+from wsitk.errors import ModelError, SourceError, UsageError
 from wsitk.geometry import Region, Spacing
 from wsitk.grid import TileGrid
 from wsitk.model import ModelSpec
@@ -97,6 +97,10 @@ def resolve_spec(spec: ModelSpec, settings: Settings) -> ModelSpec:
 
 def working_image(source: Source, spec: ModelSpec) -> WorkingImage:
     """Return `source` as the model wants to see it."""
+    if spec.border == "clip":
+        raise ModelError(
+            "WSI334", f"{spec.name} wants clipped borders, which no run offers; use reflect or constant"
+        )
     border: Literal["reflect", "constant"] = "constant" if spec.border == "constant" else "reflect"
     return WorkingImage(source, spec.spacing, tolerance=spec.spacing_tolerance, border=border, fill=spec.fill)
 
@@ -174,14 +178,17 @@ def _tissue(source: Source, settings: Settings) -> TissueMask:
         return everywhere((1,) * source.ndim, tuple(float(n) for n in source.shape))
     pixels, scale = thumbnail(source)
     shape = pixels.shape[:2]
+    corner_xy = (float(source.bounds.start[1]), float(source.bounds.start[0]))
     um = source.spacing.mean * float(np.mean(scale)) if source.spacing else None
     if settings.tissue == "auto":
         mask = find_tissue(pixels, scale, um)
     elif settings.tissue == "none":
         mask = everywhere(shape, scale)
     else:
-        mask = from_geojson(settings.tissue, shape, scale)
-    return mask.both(from_geojson(settings.roi, shape, scale)) if isinstance(settings.roi, str) else mask
+        mask = from_geojson(settings.tissue, shape, scale, corner_xy)
+    if isinstance(settings.roi, str):
+        return mask.both(from_geojson(settings.roi, shape, scale, corner_xy))
+    return mask
 
 
 def _key(plan: Plan, spec: ModelSpec, settings: Settings) -> dict[str, Any]:

@@ -11,15 +11,16 @@ import platform
 import resource
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from wsitk.journal import write_durably
+from wsitk.journal import RESULTS, write_durably
 
 __all__ = [
     "InputRow",
+    "earlier_rows",
     "file_sha256",
     "peak_memory_mib",
     "provenance",
@@ -99,22 +100,25 @@ def write_run(
             "cpus": os.cpu_count(),
         },
         "settings": settings,
-        "inputs": {r.input: {"status": r.status, "code": r.code, "seconds": dict(r.seconds)} for r in rows},
+        "inputs": {r.input: asdict(r) for r in rows},
     }
     write_durably(path, json.dumps(record, indent=1).encode())
 
 
-def provenance(folder: Path, body: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what made the bytes in `folder`: `body`, versions, and the hash of every output file.
+def earlier_rows(path: Path) -> dict[str, InputRow]:
+    """Return the rows of earlier runs into the same folder, from its `run.json`; none if there is none."""
+    try:
+        stored = json.loads(path.read_bytes())["inputs"]
+        return {name: InputRow(**row) for name, row in stored.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # absent, or of another version: the results of each input are told by its own folder
 
-    Left out are the files that hold times: the record itself, HTML, and the journal's folder.
-    """
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    outputs = {
-        p.relative_to(folder).as_posix(): file_sha256(p)
-        for p in files
-        if ".wsitk" not in p.relative_to(folder).parts and p.suffix != ".html" and p.name != "provenance.json"
-    }
+
+def provenance(folder: Path, body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what made the bytes in `folder`: `body`, versions, and the hash of every file of its results."""
+    found = [folder / name for name in RESULTS[:-1]]  # all but the record itself
+    files = [p for p in found if p.is_file()] + [p for d in found for p in d.rglob("*") if p.is_file()]
+    outputs = {p.relative_to(folder).as_posix(): file_sha256(p) for p in sorted(files)}
     return {"notice": NOTICE, **body, "versions": versions(), "outputs": outputs}
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wsitk.errors import UsageError
+from wsitk.errors import SourceError, UsageError
 from wsitk.geometry import Region
 from wsitk.sources.base import Source
 from wsitk.sources.working import WorkingImage
@@ -60,7 +61,18 @@ class TissueMask:
 
     def _window(self, region: Region) -> tuple[slice, ...]:
         spans = zip(region.start, region.stop, self.scale, self.mask.shape, strict=True)
-        return tuple(slice(max(0, int(a / s)), max(0, min(n, int(np.ceil(b / s))))) for a, b, s, n in spans)
+        return tuple(_pixels(a / s, b / s, n) for a, b, s, n in spans)
+
+
+def _pixels(start: float, stop: float, count: int) -> slice:
+    """Return the mask pixels that an interval meets.
+
+    The last pixel answers for what lies just beyond it: the mask's size was rounded.
+    """
+    if stop <= 0 or start >= count + 1:
+        return slice(0, 0)
+    low = min(max(0, int(start)), count - 1)
+    return slice(low, max(low + 1, min(count, int(np.ceil(stop)))))
 
 
 def thumbnail(source: Source) -> tuple[NDArray[np.uint8], tuple[float, ...]]:
@@ -72,12 +84,43 @@ def thumbnail(source: Source) -> tuple[NDArray[np.uint8], tuple[float, ...]]:
     if source.spacing is not None:
         target = tuple(max(TARGET_UM, um) for um in source.spacing.um)
         image = WorkingImage(source, target, tolerance=0.2)
-        return np.concatenate([image.read(r).pixels for r in _strips(image.shape, 256)]), image.scale
+        channels, dtype = len(source.channel_names), source.dtype
+        rows = [
+            _legible(lambda region: image.read(region).pixels, r, channels, dtype)
+            for r in _strips(image.shape, 256)
+        ]
+        return np.concatenate(rows), image.scale
     fit = [i for i, level in enumerate(source.levels) if max(level.shape) >= 1000] or [0]
     level = source.levels[fit[-1]]
     step = max(1, max(level.shape) // 1000)
-    rows = [_shrink(source.read(r, fit[-1]), step) for r in _strips(level.shape, 256 * step)]
+    rows = [
+        _shrink(
+            _legible(lambda region: source.read(region, fit[-1]), r, len(source.channel_names), source.dtype),
+            step,
+        )
+        for r in _strips(level.shape, 256 * step)
+    ]
     return np.concatenate(rows), tuple(d * step for d in level.downsample)
+
+
+def _legible(
+    read: Callable[[Region], NDArray[Any]], region: Region, channels: int, dtype: np.dtype[Any]
+) -> NDArray[Any]:
+    """Return `read(region)`, with grey for what can't be decoded, found by halving.
+
+    Grey counts as tissue: its tiles are tried, and the ledger says what is wrong with them.
+    """
+    try:
+        return read(region)
+    except SourceError:
+        if max(region.shape) <= 32:
+            return np.full((*region.shape, channels), 128, dtype)
+    axis = int(np.argmax(region.shape))
+    middle = [*region.start]
+    middle[axis] += region.shape[axis] // 2
+    ends = [middle[k] if k == axis else stop for k, stop in enumerate(region.stop)]
+    halves = Region.between(region.start, ends), Region.between(middle, region.stop)
+    return np.concatenate([_legible(read, half, channels, dtype) for half in halves], axis)
 
 
 def _strips(shape: tuple[int, ...], rows: int) -> Iterator[Region]:
@@ -129,19 +172,28 @@ def everywhere(shape: tuple[int, ...], scale: tuple[float, ...]) -> TissueMask:
     return TissueMask(whole, whole, scale)
 
 
-def from_geojson(path: str, shape: tuple[int, ...], scale: tuple[float, ...]) -> TissueMask:
-    """Return the regions drawn in a GeoJSON file (level-0 pixels, x right, y down) as a mask.
+def from_geojson(
+    path: str,
+    shape: tuple[int, ...],
+    scale: tuple[float, ...],
+    offset_xy: tuple[float, float] = (0.0, 0.0),
+) -> TissueMask:
+    """Return the regions drawn in a GeoJSON file (x right, y down) as a mask.
 
-    Raises UsageError (WSI014) if the file holds no polygon.
+    Coordinates are those of QuPath: level-0 pixels from `offset_xy`, the corner of the scanned bounds.
+    Raises UsageError (WSI014) if the file can't be read or holds no polygon.
     """
     import cv2
 
     mask = np.zeros(shape, np.uint8)
     rings = 0
-    for polygon in _polygons(json.loads(Path(path).read_text("utf-8"))):
-        points = [np.round(np.asarray(r, float)[:, :2] / scale[::-1]).astype(np.int32) for r in polygon]
-        cv2.fillPoly(mask, points, 1)
-        rings += len(points)
+    try:
+        for polygon in _polygons(json.loads(Path(path).read_text("utf-8"))):
+            corners = [(np.asarray(r, float)[:, :2] + offset_xy) / scale[::-1] for r in polygon]
+            cv2.fillPoly(mask, [np.round(c).astype(np.int32) for c in corners], 1)
+            rings += len(corners)
+    except (OSError, ValueError, KeyError, IndexError, RecursionError) as error:
+        raise UsageError("WSI014", f"{path} is no GeoJSON of regions ({error}); export it again") from error
     if not rings:
         raise UsageError(
             "WSI014", f"{path} holds no Polygon or MultiPolygon; draw regions and export them as GeoJSON"

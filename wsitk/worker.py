@@ -104,22 +104,29 @@ class BlockWorker:
         Raises BlockError, which names the input, for whatever is not the data's fault.
         """
         loader = TileLoader(self._read, self._requests(tasks), workers=self._workers)
-        with ThreadPoolExecutor(self._workers, thread_name_prefix="wsitk-post") as pool, loader:
-            for request, future in self._postprocessed(loader, pool):
-                done = future.result()
-                home = request.home
-                home.seconds["postprocess"] += done.seconds
-                home.add(request.tile, done.status, done.result)
-                if home.complete:
-                    yield self._commit(home)
-        for name in list(self._images):
-            self._close(name)
+        try:
+            with ThreadPoolExecutor(self._workers, thread_name_prefix="wsitk-post") as pool, loader:
+                for request, future in self._postprocessed(loader, pool):
+                    if self._collected(request, future.result()):
+                        yield self._commit(request.home)
+        finally:
+            for name in list(self._images):
+                self._close(name)
+
+    def _collected(self, request: _Request, done: _Done) -> bool:
+        """Put a tile into its block; tell whether the block is complete now."""
+        home = request.home
+        home.seconds["postprocess"] += done.seconds
+        with _blame(home.task, str(request)):
+            home.add(request.tile, done.status, done.result)
+        return home.complete
 
     # --- reading -------------------------------------------------------------------------------------
 
     def _requests(self, tasks: Iterable[BlockTask]) -> Iterator[_Request]:
         for task in tasks:
-            home = OpenBlock(task, self._image(task), self._model.spec)
+            with _blame(task, task.input, SourceError):  # the file may have gone since it was planned
+                home = OpenBlock(task, self._image(task), self._model.spec)
             self._busy[task.input] += 1
             for index in task.tiles:
                 yield _Request(home, task.grid[index])
@@ -234,13 +241,18 @@ class BlockWorker:
 
 
 @contextmanager
-def _blame(task: BlockTask, place: str) -> Iterator[None]:
-    """Turn an unforeseen error into a `BlockError` that names the input, so that the others go on."""
+def _blame(task: BlockTask, place: str, *more: type[Exception]) -> Iterator[None]:
+    """Turn an unforeseen error into a `BlockError` that names the input, so that the others go on.
+
+    A SourceError passes, since an unreadable tile is data; unless it is among `more`.
+    """
     try:
         yield
-    except (SourceError, BlockError):
+    except BlockError:
         raise
     except Exception as error:
+        if isinstance(error, SourceError) and not isinstance(error, more):
+            raise
         raise BlockError("WSI410", f"{place}: {type(error).__name__}: {error}", task.input) from error
 
 

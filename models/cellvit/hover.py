@@ -28,8 +28,9 @@ Array = NDArray[Any]
 class HoverSettings:
     """How nuclei are cut out of the maps; lengths and areas in micrometres.
 
-    The defaults were chosen on CoNSeP's training labels, made into maps with the blur, the flatness and the
-    noise of a network, at 0.25 and 0.5 µm/px. A network whose HV maps are flat wants a lower `edge_per_um`.
+    The defaults were chosen on the training labels of CoNSeP and MoNuSeg, made into maps with the blur, the
+    flatness and the noise of a network, at 0.25 and 0.5 µm/px. A network whose HV maps are flat wants a lower
+    `edge_per_um`.
 
     Attributes
     ----------

@@ -1,1 +1,0 @@
-"""How good a result is, measured on whole tables of overlaps rather than pair by pair."""

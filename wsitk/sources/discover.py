@@ -100,6 +100,9 @@ def _walk(path: str, named: bool, skipped: dict[str, str], above: set[tuple[int,
     except OSError as error:
         skipped[path] = f"a folder that cannot be read ({error.strerror})"
         return
+    if ".wsitk" in entries:
+        skipped[path] = "results of wsitk"
+        return
     present = set(entries)
     for entry in entries:
         inner = os.path.join(path, entry)
