@@ -84,7 +84,7 @@ def run(
 ) -> Result:
     """Run `model` over one slide, image or array and return the result in `out`.
 
-    `spacing` (µm) is for arrays and files that don't state it; `settings` are the fields of
+    `spacing` (µm) is for arrays, and for files instead of what they state; `settings` are the fields of
     `wsitk.settings.Settings`. Running again continues where a killed run stopped. Raises the WsitkError
     that stopped the input.
     """
