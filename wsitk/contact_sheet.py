@@ -26,7 +26,7 @@ PAGE = """<!doctype html>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src 'self'; style-src 'unsafe-inline'">
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #222 }}
-main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(22rem, 1fr)); gap: 1.5rem }}
+main {{ display: grid; align-items: start; grid-template-columns: repeat(auto-fill, minmax(22rem, 1fr)); gap: 1.5rem }}
 article {{ border: 1px solid #ddd; border-radius: 8px; padding: 1rem; overflow-wrap: anywhere }}
 article.failed, article.gaps {{ border-color: #c0504d; background: #fdf6f5 }}
 img {{ width: 100%; border-radius: 4px }} h2 {{ font-size: 1rem; margin: 0 0 .5rem }} p {{ margin: .3rem 0 }}
