@@ -31,6 +31,7 @@ from safetensors.torch import load_model
 from wsitk.metrics.panoptic import Counts, centroids, detection_counts, panoptic_counts
 from wsitk.models.cellvit.compact import LATTICE, MEAN, STD, compact_cellvit
 from wsitk.models.cellvit.hover import HoverSettings, segment
+from wsitk.models.cellvit.training import prepare
 
 Array = NDArray[Any]
 Predictor = Callable[[Array], Array]
@@ -121,18 +122,9 @@ def cellvit() -> Predictor:
 
 
 def instanseg(path: Path) -> Predictor:
-    """InstanSeg's published TorchScript, its input stretched from the 0.1st to the 99.9th percentile."""
-    network = torch.jit.load(path)  # type: ignore[no-untyped-call]
-
-    def predict(image: Array) -> Array:
-        pixels = image.astype(np.float32)
-        low, high = np.percentile(pixels, (0.1, 99.9), axis=(0, 1)).astype(np.float32)
-        stretched = torch.from_numpy((pixels - low) / (high - low + 1e-6))
-        with torch.inference_mode():
-            found = network(stretched.permute(2, 0, 1)[None])[0, 0]
-        return np.asarray(found.numpy(), np.int32)
-
-    return predict
+    """InstanSeg's published TorchScript, as the training uses it for a teacher."""
+    teacher = prepare.instanseg(path)
+    return lambda image: np.asarray(teacher(image), np.int32)
 
 
 if __name__ == "__main__":

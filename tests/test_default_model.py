@@ -18,7 +18,7 @@ import wsitk
 from wsitk.errors import ModelError
 from wsitk.models.cellvit import model as cellvit
 from wsitk.models.cellvit.compact import LATTICE, compact_cellvit
-from wsitk.record import file_sha256
+from wsitk.writers.base import sha256_file
 
 HOME = Path(cellvit.__file__).parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -34,7 +34,7 @@ def tissue(side: int) -> np.ndarray:
 def test_the_weights_are_those_of_the_card_and_small() -> None:
     card = tomllib.loads((HOME / "card.toml").read_text("utf-8"))
     weights = HOME / card["weights"]
-    assert file_sha256(weights) == card["sha256"]
+    assert sha256_file(weights) == card["sha256"]
     assert weights.stat().st_size == card["size_bytes"] < 25e6
     model = wsitk.load_model("cellvit")
     assert model.spec.weights_sha256 == card["sha256"]

@@ -78,14 +78,14 @@ def finish(
     """Write the results of one input into `folder` and return its provenance."""
     committed = journal.committed()
     ledger = Ledger.read(plan, committed)
-    unreadable = [plan.level0(r) for r in ledger.regions(plan, "unreadable", "model_failed")]
+    lost = ledger.regions(plan, "unreadable", "model_failed")
     density = DensityMap(plan.grid.extent, plan.spacing_um)
     counts: dict[str, int] = {}
     view: dict[str, int] = {}
     if spec.objects:
-        counts = _write_objects(plan, spec, journal, committed, folder, ledger, density)
+        counts = _write_objects(plan, spec, journal, committed, folder, lost, density)
         if settings.geojson and spec.ndim == 2:
-            view = _write_geojson(plan, spec, folder, unreadable)
+            view = _write_geojson(plan, spec, folder, [plan.level0(r) for r in lost])
     if settings.maps and spec.fields:
         _write_maps(plan, spec, journal, committed, folder, density if spec.objects else None)
     write_ledger(
@@ -152,13 +152,12 @@ def _write_objects(
     journal: Journal,
     committed: Mapping[int, object],
     folder: Path,
-    ledger: Ledger,
+    lost: list[Region],
     density: DensityMap,
 ) -> dict[str, int]:
     """Stream the merged objects into `objects.parquet`; return the number of each class."""
     counts = np.zeros(len(spec.classes), np.int64)
     columns = (*SHAPE_COLUMNS, *spec.object_columns)
-    bad = ledger.regions(plan, "unreadable", "model_failed")
     identity = json.dumps(plan.identity, sort_keys=True)
     namespace = id_namespace(identity, spec.name, f"{spec.version} {spec.weights_sha256}")
     load = _loader(journal, committed, "objects:", ObjectTable.from_arrays)
@@ -176,7 +175,7 @@ def _write_objects(
                 area_um2=shape["area_um2"],
                 perimeter_um=shape["perimeter_um"],
                 geometry=to_shapely(outlines, scale_xy),
-                touches_unreadable=_touches(table, bad),
+                touches_unreadable=_touches(table, lost),
                 restored=np.zeros(len(table), bool),
                 columns={n: shape[n] for n in SHAPE_COLUMNS} | dict(table.columns),
             )

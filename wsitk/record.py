@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import os
@@ -17,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from wsitk.journal import RESULTS, write_durably
+from wsitk.writers.base import sha256_file
 
 __all__ = [
     "InputRow",
     "earlier_rows",
-    "file_sha256",
     "peak_memory_mib",
     "provenance",
     "read_json",
@@ -118,7 +117,7 @@ def provenance(folder: Path, body: Mapping[str, Any]) -> dict[str, Any]:
     """Return what made the bytes in `folder`: `body`, versions, and the hash of every file of its results."""
     found = [folder / name for name in RESULTS[:-1]]  # all but the record itself
     files = [p for p in found if p.is_file()] + [p for d in found for p in d.rglob("*") if p.is_file()]
-    outputs = {p.relative_to(folder).as_posix(): file_sha256(p) for p in sorted(files)}
+    outputs = {p.relative_to(folder).as_posix(): sha256_file(p) for p in sorted(files)}
     return {"notice": NOTICE, **body, "versions": versions(), "outputs": outputs}
 
 
@@ -131,12 +130,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "absent"
     return found
-
-
-def file_sha256(path: Path) -> str:
-    """Return a file's SHA-256 as hexadecimal text."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
