@@ -108,6 +108,9 @@ class Display:
             self._say(f"  {problem}")
         self._problems[event.input] = seen + len(event.facts["problems"])
 
+    def _death(self, event: Event) -> None:
+        self._say(f"  {event.facts['message']}; going on")
+
     def _finishing(self, event: Event) -> None:
         self._progress.update(self._task, rate=f"writing {event.input}")
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from wsitk.errors import UsageError, WsitkError
+
+if TYPE_CHECKING:
+    from wsitk.reading.client import ReaderProcess
+    from wsitk.sources import Origin
 
 __all__ = ["info"]
 
@@ -17,6 +21,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
     """Show levels, pixel size and where it is known from. Label and macro images are never opened."""
+    from wsitk.reading.client import ReaderProcess
     from wsitk.sources.discover import expand_inputs
 
     found = expand_inputs(inputs)
@@ -25,32 +30,39 @@ def info(
             "WSI001", f"no slides in {', '.join(inputs)} ({dict(found.skipped)}); name slides or a folder"
         )
     failed = False
-    for item in found.items:
-        facts = _facts(str(item.path), item.name)
-        failed |= "error" in facts
-        typer.echo(json.dumps(facts) if as_json else _text(facts))
+    with ReaderProcess() as reader:  # a damaged header may abort whoever opens it
+        for item in found.items:
+            facts = _facts(reader, str(item.path), item.name)
+            failed |= "error" in facts
+            typer.echo(json.dumps(facts) if as_json else _text(facts))
     raise typer.Exit(int(failed))
 
 
-def _facts(path: str, name: str) -> dict[str, Any]:
-    from wsitk.sources import open_source
+def describe(origin: Origin) -> dict[str, Any]:
+    """Return what there is to say about an input; called in the reading process."""
+    from wsitk.sources import borrowed
+
+    with borrowed(origin) as source:
+        return {
+            "reader": type(source).__name__,
+            "axes": "".join(source.axes),
+            "dtype": str(source.dtype),
+            "channels": list(source.channel_names),
+            "levels": [
+                {"shape": level.shape, "downsample": [round(d, 4) for d in level.downsample]}
+                for level in source.levels
+            ],
+            "spacing_um": list(source.spacing.um) if source.spacing else None,
+            "spacing_from": source.spacing.provenance if source.spacing else source.spacing_error,
+            "bounds": {"start": source.bounds.start, "shape": source.bounds.shape},
+        }
+
+
+def _facts(reader: ReaderProcess, path: str, name: str) -> dict[str, Any]:
+    from wsitk.sources import SourceRef
 
     try:
-        with open_source(path) as source:
-            return {
-                "input": name,
-                "reader": type(source).__name__,
-                "axes": "".join(source.axes),
-                "dtype": str(source.dtype),
-                "channels": list(source.channel_names),
-                "levels": [
-                    {"shape": level.shape, "downsample": [round(d, 4) for d in level.downsample]}
-                    for level in source.levels
-                ],
-                "spacing_um": list(source.spacing.um) if source.spacing else None,
-                "spacing_from": source.spacing.provenance if source.spacing else source.spacing_error,
-                "bounds": {"start": source.bounds.start, "shape": source.bounds.shape},
-            }
+        return {"input": name, **reader.call("wsitk.cli.info:describe", SourceRef(path))}
     except WsitkError as error:
         return {"input": name, "error": str(error)}
 

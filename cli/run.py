@@ -63,6 +63,21 @@ def run(
     maps: Annotated[bool, typer.Option(help="Write maps.ome.zarr.")] = DEFAULTS.maps,
     geojson: Annotated[bool, typer.Option(help="Write objects.geojson.gz for QuPath.")] = DEFAULTS.geojson,
     preview: Annotated[bool, typer.Option(help="Write preview.png.")] = DEFAULTS.preview,
+    supervise: Annotated[
+        bool, typer.Option(help="Run the model in a process of its own, which may die.")
+    ] = DEFAULTS.supervise,
+    deadline: Annotated[
+        float, typer.Option(min=1.0, help="Seconds without a finished tile before the model counts as hung.")
+    ] = DEFAULTS.deadline,
+    read_deadline: Annotated[
+        float, typer.Option(min=1.0, help="Seconds that reading one tile may take.")
+    ] = DEFAULTS.read_deadline,
+    max_ram: Annotated[
+        float | None, typer.Option(min=0.1, help="GiB that the model's process may hold.")
+    ] = DEFAULTS.max_ram,
+    part: Annotated[
+        str, typer.Option(help="i/n: do the i-th of n parts (from 0), beside processes that do the others.")
+    ] = "",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace results of another run.")
     ] = DEFAULTS.overwrite,
@@ -81,7 +96,8 @@ def run(
     if tissue not in ("auto", "none") and not Path(tissue).is_file():
         raise UsageError("WSI014", f"--tissue wants auto, none or a GeoJSON file, got {tissue!r}")
     given = locals().copy()  # of this function: inside a comprehension they would be the comprehension's
-    settings = Settings(**{f.name: given[f.name] for f in fields(Settings)} | {"roi": _region(roi)})
+    parsed = {"roi": _region(roi), "part": _part(part)}
+    settings = Settings(**{f.name: given[f.name] for f in fields(Settings)} | parsed)
     named = {"classifier": classifier, "postprocessing": postprocessing}
     options = {key: value for key, value in named.items() if value}
     execute(
@@ -102,8 +118,7 @@ def execute(
 ) -> None:
     """Find the inputs, run them, say what came of it; exits with the run's code."""
     from wsitk.cli.display import Display, JsonLines
-    from wsitk.pipeline import Input, Runner, exit_code
-    from wsitk.registry import load_model
+    from wsitk.pipeline import Input, ModelRef, Runner, exit_code
     from wsitk.sources.discover import expand_inputs
 
     found = expand_inputs(inputs)
@@ -117,13 +132,14 @@ def execute(
         by_name = _by_name(mpp, found.items) if isinstance(mpp, dict) else mpp
         # a dry run says everything itself, at its end
         listener = (lambda event: None) if dry_run else display.event
-        runner = Runner(load_model(model, **(options or {})), out, settings, mpp=by_name, on_event=listener)
         work = [Input(item.name, str(item.path)) for item in found.items]
-        if dry_run:
-            _dry_run(runner, work, as_json)
-        else:
-            runner.run(work)
-            display.close(out, list(runner.rows.values()))
+        reference = ModelRef(model, dict(options or {}))
+        with Runner(reference, out, settings, mpp=by_name, on_event=listener) as runner:
+            if dry_run:
+                _dry_run(runner, work, as_json)
+            else:
+                runner.run(work)
+                display.close(out, list(runner.rows.values()))
     raise typer.Exit(exit_code(runner.rows.values()))
 
 
@@ -167,6 +183,16 @@ def _region(text: str) -> tuple[int, int, int, int] | str | None:
     raise UsageError(
         "WSI012", f"--roi wants x,y,width,height in level-0 pixels or a GeoJSON file, got {text!r}"
     )
+
+
+def _part(text: str) -> tuple[int, int] | None:
+    """Return --part i/n as two numbers."""
+    if not text:
+        return None
+    first, _, count = text.partition("/")
+    if first.isdigit() and count.isdigit() and int(first) < int(count):
+        return int(first), int(count)
+    raise UsageError("WSI016", f"--part wants i/n with i from 0 to n - 1, such as 0/4, got {text!r}")
 
 
 def _spacing(text: str) -> float | dict[str, float] | None:

@@ -18,7 +18,6 @@ from wsitk.grid import Tile, TileGrid
 from wsitk.model import ModelSpec, TileResult
 from wsitk.objects import ObjectTable
 from wsitk.sources.base import SourceRef
-from wsitk.sources.working import WorkingImage
 from wsitk.stitch.fields import FieldStitcher
 from wsitk.stitch.objects import select
 
@@ -64,23 +63,26 @@ class BlockReport:
 
 
 class BlockError(WorkError):
-    """Raised when a tile failed in a way that is nobody's data: a bug in a model, a full disk, no memory."""
+    """Raised when a tile failed in a way that is nobody's data: a bug in a model, a full disk, no memory.
 
-    def __init__(self, code: str, message: str, name: str = "") -> None:
+    `input` names whose tile it was; `errno` is the system's number for the cause, if it has one.
+    """
+
+    def __init__(self, code: str, message: str, name: str = "", errno: int | None = None) -> None:
         super().__init__(code, message)
         self.input = name
+        self.errno = errno
 
-    def __reduce__(self) -> tuple[type[BlockError], tuple[str, ...]]:
-        return type(self), (self.code, self.message, self.input)
+    def __reduce__(self) -> tuple[type[BlockError], tuple[Any, ...]]:
+        return type(self), (self.code, self.message, self.input, self.errno)
 
 
 @final
 class OpenBlock:
     """A block whose tiles are on their way; takes them in tile order."""
 
-    def __init__(self, task: BlockTask, image: WorkingImage, spec: ModelSpec) -> None:
+    def __init__(self, task: BlockTask, spec: ModelSpec) -> None:
         self.task = task
-        self.image = image
         self.seconds = dict.fromkeys(STAGES, 0.0)
         self._spec = spec
         self._waiting = len(task.tiles)

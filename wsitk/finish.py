@@ -16,19 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsitk.density import DensityMap
-from wsitk.errors import ModelError, SourceError
+from wsitk.errors import ModelError
 from wsitk.geometry import Region
-from wsitk.journal import Journal, write_durably
+from wsitk.journal import Journal
 from wsitk.model import FieldSpec, ModelSpec
 from wsitk.objects import ObjectTable
 from wsitk.plan import Plan
 from wsitk.polygons import rings, shapes, to_shapely
 from wsitk.record import provenance
 from wsitk.settings import Settings
-from wsitk.sources.base import Source
 from wsitk.stitch.fields import FieldMerger, FieldPart
 from wsitk.stitch.objects import merge_objects
-from wsitk.tissue import thumbnail
 from wsitk.writers.geojson import write_geojson
 from wsitk.writers.ids import id_namespace, object_ids
 from wsitk.writers.ledger import TILE_STATUSES, write_ledger
@@ -36,7 +34,10 @@ from wsitk.writers.ome_zarr import MapChannel, write_maps
 from wsitk.writers.parquet import ObjectRows, ObjectWriter
 from wsitk.writers.preview import draw_preview
 
-__all__ = ["finish"]
+__all__ = ["Look", "finish"]
+
+Look = Callable[..., Any]
+"""A function ``module:name`` and its arguments after the input -> what it returns of the input."""
 
 
 @dataclass
@@ -73,9 +74,12 @@ class Ledger:
 
 
 def finish(
-    plan: Plan, spec: ModelSpec, journal: Journal, folder: Path, source: Source, settings: Settings
+    plan: Plan, spec: ModelSpec, journal: Journal, folder: Path, look: Look, settings: Settings
 ) -> dict[str, Any]:
-    """Write the results of one input into `folder` and return its provenance."""
+    """Write the results of one input into `folder` and return its provenance.
+
+    `look` calls a function (``module:name``) on the input, wherever that may be read.
+    """
     committed = journal.committed()
     ledger = Ledger.read(plan, committed)
     lost = ledger.regions(plan, "unreadable", "model_failed")
@@ -97,11 +101,10 @@ def finish(
         overwrite=True,
     )
     if settings.preview and spec.objects and spec.ndim == 2 and spec.channels == 3:
-        _draw(plan, spec, folder, source, ledger)
+        _draw(plan, spec, folder, look, ledger)
     body = _body(plan, spec, ledger, counts) | {"geojson": view}
     record = provenance(folder, body)
-    write_durably(folder / "provenance.json", json.dumps(record, indent=1, sort_keys=True).encode())
-    journal.forget_blocks()
+    journal.complete(record)
     return record
 
 
@@ -287,8 +290,8 @@ def _channels(spec: FieldSpec, model: ModelSpec) -> list[MapChannel]:
 # --- picture -----------------------------------------------------------------------------------------
 
 
-def _draw(plan: Plan, spec: ModelSpec, folder: Path, source: Source, ledger: Ledger) -> None:
-    pixels, scale = thumbnail(source)
+def _draw(plan: Plan, spec: ModelSpec, folder: Path, look: Look, ledger: Ledger) -> None:
+    pixels, scale = look("wsitk.tissue:thumbnail_of")
     draw_preview(
         folder / "preview.png",
         pixels,
@@ -298,7 +301,7 @@ def _draw(plan: Plan, spec: ModelSpec, folder: Path, source: Source, ledger: Led
         folder / "objects.parquet",
         spec.classes,
         _lines(plan, spec, ledger),
-        lambda region: _patch(source, region),
+        lambda region: look("wsitk.tissue:patch_of", region),
         spacing_um=plan.spacing.mean if plan.spacing else None,
         overwrite=True,
     )
@@ -314,11 +317,3 @@ def _lines(plan: Plan, spec: ModelSpec, ledger: Ledger) -> list[str]:
         lines.append(f"Tissue: {plan.tissue_mm2:.1f} mm²")
         lines.append(f"Pixel size: {plan.spacing.mean:.4f} µm ({plan.spacing.provenance})")
     return [*lines, f"Tiles: {tiles['ok']:,} ok, {tiles['background']:,} glass{lost}"]
-
-
-def _patch(source: Source, region: Region) -> NDArray[Any]:
-    """Return pixels for the picture; grey where they can't be read, which the ledger says of those tiles."""
-    try:
-        return source.read(region)
-    except SourceError:
-        return np.full((*region.shape, len(source.channel_names)), 128, source.dtype)

@@ -13,7 +13,11 @@ __all__ = ["done_row", "exit_code", "failed_row", "known_error"]
 
 
 def done_row(
-    plan: Plan, record: Mapping[str, Any], seconds: Mapping[str, float], max_unreadable: float
+    plan: Plan,
+    record: Mapping[str, Any],
+    seconds: Mapping[str, float],
+    max_unreadable: float,
+    peak_mib: float,
 ) -> InputRow:
     """Return the row of a finished input, from its provenance; ``gaps`` if too much of it was lost."""
     tiles = record["tiles"]
@@ -37,8 +41,20 @@ def done_row(
         tiles=tiles,
         objects=record["objects"],
         seconds=seconds,
-        peak_mib=peak_memory_mib(),
+        peak_mib=peak_mib,
         exit_code=int(gaps),
+    )
+
+
+def partial_row(plan: Plan, done: int, blocks: int) -> InputRow:
+    """Return the row of an input of which other processes still owe blocks."""
+    return InputRow(
+        input=plan.name,
+        status="partial",
+        message=f"{done} of {blocks} blocks are done; the last of the parts writes the results",
+        spacing_um=plan.spacing.mean if plan.spacing else None,
+        spacing_provenance=plan.spacing.provenance if plan.spacing else "",
+        tissue_mm2=plan.tissue_mm2 if plan.spacing else None,
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +18,15 @@ from wsitk.errors import ModelError, SourceError, UsageError
 from wsitk.geometry import Region, Spacing
 from wsitk.grid import TileGrid
 from wsitk.model import ModelSpec
+from wsitk.reading.server import TileImage
 from wsitk.settings import Settings
+from wsitk.sources import Origin, borrowed, open_source
 from wsitk.sources.base import Source, SourceRef
 from wsitk.sources.spacing import require_spacing
 from wsitk.sources.working import WorkingImage
 from wsitk.tissue import TissueMask, everywhere, find_tissue, from_geojson, thumbnail
 
-__all__ = ["Plan", "make_plan", "working_image", "resolve_spec"]
+__all__ = ["Plan", "make_plan", "plan_input", "resolve_spec", "stamp_of", "tile_image", "working_image"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Plan:
 
     `spacing` is that of level 0 (None where the model takes any and the file says nothing), `scale` the
     number of level-0 pixels per working pixel. `active` holds, for each tile of the grid, whether it is
-    worth reading.
+    worth reading; `stamp` size and times of the input's files, None for what is no file.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Plan:
     band: int
     key: dict[str, Any]
     warnings: tuple[str, ...]
+    stamp: dict[str, Any] | None = None
 
     @cached_property
     def spacing_um(self) -> tuple[float, ...]:
@@ -105,6 +108,40 @@ def working_image(source: Source, spec: ModelSpec) -> WorkingImage:
     return WorkingImage(source, spec.spacing, tolerance=spec.spacing_tolerance, border=border, fill=spec.fill)
 
 
+@final
+class _OpenTiles:
+    """An open input on the grid that a model works on, closed with the source if that was opened for it."""
+
+    def __init__(self, source: Source, image: WorkingImage, *, owned: bool) -> None:
+        self._source = source
+        self._owned = owned
+        self.read = image.read
+
+    def close(self) -> None:
+        """Let go of the source."""
+        if self._owned:
+            self._source.close()
+
+
+def tile_image(origin: Origin, spec: ModelSpec) -> TileImage:
+    """Return an input on the model's grid: a source given as such stays open when the image is closed."""
+    source = origin if isinstance(origin, Source) else open_source(origin)
+    return _OpenTiles(source, working_image(source, spec), owned=source is not origin)
+
+
+def plan_input(origin: Origin, name: str, spec: ModelSpec, settings: Settings) -> Plan:
+    """Return the plan of an input, which is opened for that; see `make_plan`."""
+    with borrowed(origin) as source:
+        ref = source.ref or SourceRef(f"memory:{name}")
+        return make_plan(name, ref, source, spec, settings)
+
+
+def stamp_of(origin: Origin) -> dict[str, Any] | None:
+    """Return size and times of an input's files, by which a change under way is noticed."""
+    with borrowed(origin) as source:
+        return source.stamp()
+
+
 def make_plan(name: str, ref: SourceRef, source: Source, spec: ModelSpec, settings: Settings) -> Plan:
     """Return the plan for an open source; `spec` has been resolved.
 
@@ -138,6 +175,7 @@ def make_plan(name: str, ref: SourceRef, source: Source, spec: ModelSpec, settin
         band=1,
         key={},
         warnings=tuple(image.warnings),
+        stamp=source.stamp(),
     )
     active = np.fromiter((tissue.touches(plan.level0(t.owned)) for t in grid), bool, len(grid))
     band = max(1, round(spec.seam_um / min(plan.spacing_um)))

@@ -28,15 +28,20 @@ class Predictor:
     def __init__(self, model: TileModel, device: torch.device, precision: str) -> None:
         self._model = model
         self._device = device
-        self._precision = precision
+        self.precision = precision
         model.network.to(device).eval()
 
-    def __call__(self, tiles: Sequence[NDArray[Any]]) -> tuple[list[Mapping[str, torch.Tensor]], str]:
-        """Return each tile's outputs, still on the device; or none, and why not (no memory for the group)."""
+    def __call__(
+        self, tiles: Sequence[NDArray[Any]], *, precision: str = ""
+    ) -> tuple[list[Mapping[str, torch.Tensor]], str]:
+        """Return each tile's outputs, still on the device; or none, and why not (no memory for the group).
+
+        `precision` is for this group instead of the predictor's own.
+        """
         import torch
 
         try:
-            with torch.inference_mode(), autocast(self._device, self._precision):
+            with torch.inference_mode(), autocast(self._device, precision or self.precision):
                 outputs = self._model.predict(self._batch(tiles))
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]

@@ -9,13 +9,14 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from wsitk.journal import RESULTS, write_durably
+from wsitk.discard import RESULTS, result_files
+from wsitk.durable import write_durably
 from wsitk.writers.base import sha256_file
 
 __all__ = [
@@ -85,9 +86,15 @@ def write_summary(path: Path, rows: Iterable[InputRow]) -> None:
 
 
 def write_run(
-    path: Path, *, started: str, seconds: float, rows: Iterable[InputRow], settings: Mapping[str, Any]
+    path: Path,
+    *,
+    started: str,
+    seconds: float,
+    rows: Iterable[InputRow],
+    settings: Mapping[str, Any],
+    deaths: Sequence[str] = (),
 ) -> None:
-    """Write `run.json`: the command, the machine, the times and how each input ended."""
+    """Write `run.json`: the command, the machine, the times, what died, and how each input ended."""
     record = {
         "notice": NOTICE,
         "command": sys.argv,
@@ -99,6 +106,7 @@ def write_run(
             "cpus": os.cpu_count(),
         },
         "settings": settings,
+        "deaths": list(deaths),
         "inputs": {r.input: asdict(r) for r in rows},
     }
     write_durably(path, json.dumps(record, indent=1).encode())
@@ -115,9 +123,9 @@ def earlier_rows(path: Path) -> dict[str, InputRow]:
 
 def provenance(folder: Path, body: Mapping[str, Any]) -> dict[str, Any]:
     """Return what made the bytes in `folder`: `body`, versions, and the hash of every file of its results."""
-    found = [folder / name for name in RESULTS[:-1]]  # all but the record itself
-    files = [p for p in found if p.is_file()] + [p for d in found for p in d.rglob("*") if p.is_file()]
-    outputs = {p.relative_to(folder).as_posix(): sha256_file(p) for p in sorted(files)}
+    # By the names that our writers give: what others put beside them is not vouched for.
+    files = [name for name in result_files(folder) if name != RESULTS[-1]]  # all but the record itself
+    outputs = {name: sha256_file(folder / name) for name in files}
     return {"notice": NOTICE, **body, "versions": versions(), "outputs": outputs}
 
 

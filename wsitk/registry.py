@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import entry_points
@@ -46,7 +47,7 @@ def _resolve(target: str) -> Any:
 
 
 def load_model(name: str | Path, **options: Any) -> TileModel:
-    """Return the model called `name`, or read from the checkpoint file `name`.
+    """Return the model called `name`, read from the checkpoint file `name`, or built by ``module:function``.
 
     Raises UsageError (WSI030) for an unknown name, ModelError for a file that is no model.
     """
@@ -56,8 +57,19 @@ def load_model(name: str | Path, **options: Any) -> TileModel:
     path = Path(name)
     if path.is_file():
         return _from_file(path, options)
+    if re.fullmatch(r"[\w.]+:\w+", str(name)):
+        return _build(_builder(str(name)), str(name), options)
     known = ", ".join(sorted(table))
     raise UsageError("WSI030", f"no model is called {str(name)!r} and no such file exists; known: {known}")
+
+
+def _builder(target: str) -> Builder:
+    """Return a function of the user's own; raises UsageError (WSI030) if there is none."""
+    try:
+        build: Builder = _resolve(target)
+    except (ImportError, AttributeError) as error:
+        raise UsageError("WSI030", f"no model {target!r}: {error}; check module and function") from error
+    return build
 
 
 def _build(build: Builder, name: str, options: dict[str, Any]) -> TileModel:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["Settings", "available_cpus", "home"]
+__all__ = ["Settings", "available_cpus", "available_memory", "home"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,21 @@ class Settings:
     max_unreadable: float = 0.01
     """Share of tiles that may be unreadable before an input counts as failed."""
 
+    supervise: bool = True
+    """Run a model given by name in a process of its own, which may die without taking the run with it."""
+
+    deadline: float = 600.0
+    """Seconds without a finished tile after which the model's process is taken for hung, and restarted."""
+
+    read_deadline: float = 60.0
+    """Seconds that one read may take before the reading process is taken for hung, and restarted."""
+
+    max_ram: float | None = None
+    """GiB of memory that the model's process may hold; None takes nine tenths of the machine's."""
+
+    part: tuple[int, int] | None = None
+    """(i, n): do every n-th block from the i-th on, beside n - 1 other processes; None does all."""
+
     overwrite: bool = False
     """Replace results of another model or other settings (only files that wsitk wrote)."""
 
@@ -80,6 +95,15 @@ def available_cpus() -> int:
         share, _, period = quota.read_text().partition(" ")
         if share.isdigit():
             limits.append(max(1, round(int(share) / int(period))))
+    return min(limits)
+
+
+def available_memory() -> int:
+    """Return the bytes of memory this process may use: the machine's, or less if its cgroup says so."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    quota = Path("/sys/fs/cgroup/memory.max")
+    if quota.is_file() and quota.read_text().strip().isdigit():
+        limits.append(int(quota.read_text()))
     return min(limits)
 
 

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from wsitk.errors import SourceError, UsageError
 from wsitk.geometry import Region
+from wsitk.sources import Origin, borrowed
 from wsitk.sources.base import Source
 from wsitk.sources.working import WorkingImage
 
-__all__ = ["TissueMask", "everywhere", "find_tissue", "from_geojson", "thumbnail"]
+__all__ = ["TissueMask", "everywhere", "find_tissue", "from_geojson", "patch_of", "thumbnail", "thumbnail_of"]
 
 TARGET_UM = 8.0
 """Pixel size of the mask: a nucleus is a pixel, a glass fragment is many."""
@@ -101,6 +102,21 @@ def thumbnail(source: Source) -> tuple[NDArray[np.uint8], tuple[float, ...]]:
         for r in _strips(level.shape, 256 * step)
     ]
     return np.concatenate(rows), tuple(d * step for d in level.downsample)
+
+
+def thumbnail_of(origin: Origin) -> tuple[NDArray[np.uint8], tuple[float, ...]]:
+    """Return the thumbnail of an input that is opened for it; see `thumbnail`."""
+    with borrowed(origin) as source:
+        return thumbnail(source)
+
+
+def patch_of(origin: Origin, region: Region) -> NDArray[Any]:
+    """Return level-0 pixels; grey where they can't be read, which the ledger says of those tiles."""
+    with borrowed(origin) as source:
+        try:
+            return source.read(region)
+        except SourceError:
+            return np.full((*region.shape, len(source.channel_names)), 128, source.dtype)
 
 
 def _legible(

@@ -18,22 +18,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsitk.blocks import BlockError, BlockReport, BlockTask, OpenBlock, TileStatus
-from wsitk.errors import SourceError
+from wsitk.blockstore import BlockStore
+from wsitk.errors import SourceError, WorkError
 from wsitk.grid import Tile
-from wsitk.journal import Journal
 from wsitk.loader import TileLoader
 from wsitk.model import TileModel, TileResult
 from wsitk.predictor import Predictor
+from wsitk.reading.server import TileImage
 from wsitk.sources.base import Reading, SourceRef
-from wsitk.sources.working import WorkingImage
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["BlockWorker"]
-
-OPEN_INPUTS = 3
-"""Inputs kept open at once: the one being computed, the one being read ahead, one to spare."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +60,7 @@ class _Done:
     status: TileStatus
     result: TileResult | None
     seconds: float
+    infinite: int = 0
 
 
 _Predicted = tuple[_Request, TileStatus, "Mapping[str, torch.Tensor] | None"]
@@ -73,8 +71,7 @@ class BlockWorker:
     """Runs one model over a stream of block tasks.
 
     `groups` is the number of batches in flight on the device; `open_image` turns a reference into the image
-    on the model's working grid; `journal` gives the open journal of an input. Inputs named in `keep_open`
-    belong to the caller and are not closed.
+    on the model's working grid; `store` takes the blocks of an input; `on_tile` is called as tiles are done.
     """
 
     def __init__(
@@ -84,18 +81,18 @@ class BlockWorker:
         *,
         workers: int,
         groups: int,
-        open_image: Callable[[SourceRef], WorkingImage],
-        journal: Callable[[str], Journal],
-        keep_open: frozenset[str] = frozenset(),
+        open_image: Callable[[SourceRef], TileImage],
+        store: Callable[[str], BlockStore],
+        on_tile: Callable[[], None] = lambda: None,
     ) -> None:
         self._model = model
         self._predictor = predictor
         self._workers = workers
         self._groups = groups
         self._open_image = open_image
-        self._journal = journal
-        self._keep_open = keep_open
-        self._images: dict[str, WorkingImage] = {}
+        self._store = store
+        self._on_tile = on_tile
+        self._images: dict[str, TileImage] = {}
         self._busy: Counter[str] = Counter()
 
     def run(self, tasks: Iterable[BlockTask]) -> Iterator[BlockReport]:
@@ -107,11 +104,13 @@ class BlockWorker:
         try:
             with ThreadPoolExecutor(self._workers, thread_name_prefix="wsitk-post") as pool, loader:
                 for request, future in self._postprocessed(loader, pool):
-                    if self._collected(request, future.result()):
+                    self._on_tile()
+                    if self._collected(request, self._settled(request, future.result())):
                         yield self._commit(request.home)
         finally:
-            for name in list(self._images):
-                self._close(name)
+            for image in self._images.values():
+                image.close()
+            self._images.clear()
 
     def _collected(self, request: _Request, done: _Done) -> bool:
         """Put a tile into its block; tell whether the block is complete now."""
@@ -126,30 +125,28 @@ class BlockWorker:
     def _requests(self, tasks: Iterable[BlockTask]) -> Iterator[_Request]:
         for task in tasks:
             with _blame(task, task.input, SourceError):  # the file may have gone since it was planned
-                home = OpenBlock(task, self._image(task), self._model.spec)
+                home = self._open(task)
             self._busy[task.input] += 1
             for index in task.tiles:
                 yield _Request(home, task.grid[index])
 
-    def _image(self, task: BlockTask) -> WorkingImage:
+    def _open(self, task: BlockTask) -> OpenBlock:
+        self._image(task)
+        return OpenBlock(task, self._model.spec)
+
+    def _image(self, task: BlockTask) -> TileImage:
         if task.input not in self._images:
             self._images[task.input] = self._open_image(task.source)
-            idle = [name for name in self._images if not self._busy[name] and name != task.input]
-            for name in idle[: len(self._images) - OPEN_INPUTS]:
-                self._close(name)
+            for name in [n for n in self._images if not self._busy[n] and n != task.input]:
+                self._images.pop(name).close()
         return self._images[task.input]
-
-    def _close(self, name: str) -> None:
-        image = self._images.pop(name)
-        if name not in self._keep_open:
-            image.source.close()
 
     def _read(self, request: _Request) -> _Read:
         began = time.perf_counter()
         tile = request.tile
         try:
             with _blame(request.home.task, str(request)):
-                reading = request.home.image.read(tile.read)
+                reading = self._images[request.home.task.input].read(tile.read)
         except SourceError as error:
             status = TileStatus(tile.index, "unreadable", str(error))
             return _Read(None, status, time.perf_counter() - began)
@@ -224,18 +221,31 @@ class BlockWorker:
         arrays = {n: v.float().cpu().numpy() for n, v in outputs.items()}
         bad = sum(int(np.size(v) - np.isfinite(v).sum()) for v in arrays.values())
         if bad:
-            reason = f"WSI310 {bad} non-finite values in the network's output"
-            return _Done(TileStatus(status.tile, "model_failed", reason), None, 0.0)
+            reason = f"WSI310 {bad} non-finite values in the network's output, in float32 too"
+            return _Done(TileStatus(status.tile, "model_failed", reason), None, 0.0, bad)
         with _blame(request.home.task, str(request)):
             result = self._model.postprocess(arrays, request.tile)
             result = request.home.put_forward(result, request.tile)
         return _Done(status, result, time.perf_counter() - began)
 
+    def _settled(self, request: _Request, done: _Done) -> _Done:
+        """Return a tile's result; one that half precision could not hold is computed again in float32."""
+        if not done.infinite or self._predictor.precision == "float32":
+            return done
+        read = self._read(request)
+        if read.pixels is None:
+            return _Done(read.status, None, 0.0)
+        with _blame(request.home.task, str(request)):
+            outputs, problem = self._predictor([read.pixels], precision="float32")
+        if problem:
+            return _Done(TileStatus(request.tile.index, "model_failed", problem), None, 0.0)
+        return self._postprocess(request, read.status, outputs[0])
+
     def _commit(self, home: OpenBlock) -> BlockReport:
         task = home.task
         with _blame(task, str(home)):
             arrays, record = home.contents()
-            self._journal(task.input).commit(task.block, arrays, record)
+            self._store(task.input).commit(task.block, arrays, record)
         self._busy[task.input] -= 1
         return home.report(record["objects"])
 
@@ -253,7 +263,18 @@ def _blame(task: BlockTask, place: str, *more: type[Exception]) -> Iterator[None
     except Exception as error:
         if isinstance(error, SourceError) and not isinstance(error, more):
             raise
-        raise BlockError("WSI410", f"{place}: {type(error).__name__}: {error}", task.input) from error
+        words = error.message if isinstance(error, WorkError) else f"{type(error).__name__}: {error}"
+        raise BlockError("WSI410", f"{place}: {words}", task.input, _errno(error)) from error
+
+
+def _errno(error: BaseException | None) -> int | None:
+    """Return the system's number for an error, however deep it lies: a full disk must be known as such."""
+    while error is not None:
+        number = getattr(error, "errno", None)
+        if number is not None:
+            return int(number)
+        error = error.__cause__
+    return None
 
 
 def _presence(reading: Reading, tile: Tile) -> tuple[str, str]:

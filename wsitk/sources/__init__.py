@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,25 @@ from wsitk.geometry import Region, Spacing
 from wsitk.sources.base import Level, Reading, Source, SourceRef
 from wsitk.sources.spacing import require_spacing
 
-__all__ = ["Level", "Reading", "Region", "Source", "SourceRef", "Spacing", "open_source", "require_spacing"]
+__all__ = [
+    "Level", "Origin", "Reading", "Region", "Source", "SourceRef", "Spacing",
+    "borrowed", "open_source", "require_spacing",
+]  # fmt: skip
 
 Opener = Callable[..., Source]
+
+Origin = Source | SourceRef
+"""An open source, or how to open one."""
+
+
+@contextmanager
+def borrowed(origin: Origin) -> Iterator[Source]:
+    """Open a source for a while; one that is open already is left open."""
+    if isinstance(origin, Source):
+        yield origin
+        return
+    with open_source(origin) as source:
+        yield source
 
 
 def _direct(path: str, **options: Any) -> Source:

@@ -92,6 +92,10 @@ class Source(ABC):
     def identity(self) -> dict[str, Any]:
         """Return what tells this input from another: name, size and a hash; plain JSON, no paths."""
 
+    def stamp(self) -> dict[str, Any] | None:
+        """Return size and times of the input's files; None where there is no file."""
+        return None
+
     @abstractmethod
     def read_inside(self, region: Region, level: int) -> Reading:
         """Return a region that lies wholly inside level `level`, in that level's pixels.

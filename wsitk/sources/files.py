@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from wsitk.errors import SourceError
 from wsitk.sources.base import Level, Source, SourceRef
+from wsitk.sources.ifd_digest import ifd_digest
 
 __all__ = [
     "MAX_PIXELS", "MAX_TILE_BYTES", "MAX_WHOLE_BYTES", "check_pixels", "closed", "consistent_levels",
-    "downsample", "file_identity", "make_levels", "over_white", "probe", "reference", "reopen",
+    "downsample", "file_identity", "file_stamp", "make_levels", "over_white", "probe", "reference", "reopen",
 ]  # fmt: skip
 
 logger = logging.getLogger("wsitk.sources")
@@ -131,18 +132,39 @@ def over_white(rgba: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.bool_] | No
 
 
 def file_identity(name: str, paths: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
-    """Return name, total size and a sha256 over samples of one or more files; no paths.
+    """Return name, total size and sha256 hashes over samples of one or more files; no paths, no times.
 
     Of each file (in order of its name) its size, its first and last MiB and 16 blocks of 64 KiB spread
-    evenly between them are hashed: a copy has the same identity, whatever its folder and times.
+    evenly between them are hashed, and of TIFFs all headers with their tile tables (`sha256_headers`): a
+    copy has the same identity, whatever its folder and times.
     """
-    digest, total = hashlib.sha256(), 0
+    digest, headers, total = hashlib.sha256(), [], 0
     for path in sorted(paths, key=lambda p: Path(p).name):
         try:
             total += _hash_samples(digest, path)
+            headers.append(ifd_digest(path))
         except OSError as error:
             raise SourceError("WSI100", f"{name}: {error.strerror or error} while hashing it") from error
-    return {"name": name, "size": total, "files": len(paths), "sha256_sampled": digest.hexdigest()}
+    identity = {"name": name, "size": total, "files": len(paths), "sha256_sampled": digest.hexdigest()}
+    if any(headers):
+        identity["sha256_headers"] = hashlib.sha256(" ".join(h or "-" for h in headers).encode()).hexdigest()
+    return identity
+
+
+def file_stamp(name: str, paths: Iterable[str | os.PathLike[str]]) -> dict[str, Any]:
+    """Return name, size and time of change (ns) of each file of an input, in order of their names.
+
+    Other than the identity it differs between copies; it tells whether files changed while a run was
+    under way. Raises SourceError (WSI100) if one is gone.
+    """
+    files = []
+    for path in sorted(paths, key=lambda p: Path(p).name):
+        try:
+            found = os.stat(path)
+        except OSError as error:
+            raise SourceError("WSI100", f"{name}: {error.strerror or error}; was it moved?") from error
+        files.append([Path(path).name, found.st_size, found.st_mtime_ns])
+    return {"files": files}
 
 
 def _hash_samples(digest: Any, path: str | os.PathLike[str]) -> int:

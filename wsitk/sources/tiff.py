@@ -22,6 +22,7 @@ from wsitk.sources.files import (
     closed,
     consistent_levels,
     file_identity,
+    file_stamp,
     make_levels,
     over_white,
     probe,
@@ -188,8 +189,12 @@ class TiffSource(Source):
         return reopen, (self.ref,)
 
     def identity(self) -> dict[str, Any]:
-        """Return name, size and a sampled sha256 of the file."""
+        """Return name, size, and sha256 of samples and of all headers of the file."""
         return file_identity(self.name, [self._path])
+
+    def stamp(self) -> dict[str, Any]:
+        """Return size and time of change of the file."""
+        return file_stamp(self.name, [self._path])
 
     def close(self) -> None:
         """Close the file and forget decoded tiles."""

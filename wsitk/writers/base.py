@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from wsitk.discard import settle
 from wsitk.errors import OutputError, WsitkError
 
 __all__ = ["atomic_file", "atomic_dir", "sha256_file", "tree_files", "tree_sha256"]
@@ -46,16 +47,20 @@ def atomic_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Binary
 
 
 @contextmanager
-def atomic_dir(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_dir(
+    path: str | Path, *, overwrite: bool = False, ours: Callable[[str], bool] = lambda name: True
+) -> Iterator[Path]:
     """Yield an empty folder that becomes `path` if, and only if, the block ends without an exception.
 
     Raises OutputError as `atomic_file` does. An old folder is replaced in two renames: between them
-    neither exists, and the old one is deleted last.
+    neither exists, and the old one is deleted last. Files in it whose relative path is not `ours` are
+    taken over into the new one, unless that has a file of the same name.
     """
     target = Path(path)
     _check_target(target, overwrite)
     partial, old = (target.with_name(f".{target.name}.{word}") for word in ("partial", "old"))
     with _refusals(target, partial):
+        settle(old, target, ours)
         _remove(partial)
         partial.mkdir()
         yield partial
@@ -64,12 +69,11 @@ def atomic_dir(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         for folder, _, _ in os.walk(partial):
             _sync_folder(Path(folder))
         _check_target(target, overwrite)
-        _remove(old)
         if target.exists():
             os.rename(target, old)
         os.rename(partial, target)
         _sync_folder(target.parent)
-        _remove(old)
+        settle(old, target, ours)
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

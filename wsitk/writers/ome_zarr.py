@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from wsitk.discard import zarr_file
 from wsitk.errors import OutputError
 from wsitk.geometry import Region
 from wsitk.writers.base import atomic_dir
@@ -123,7 +124,7 @@ def write_maps(
     _check_arguments(shape, channels, spacing_um, translation_um, kind)
     levels = plan_levels(tuple(shape), tuple(spacing_um), tuple(translation_um))
     axes = len(shape)
-    with atomic_dir(path, overwrite=overwrite) as folder:
+    with atomic_dir(path, overwrite=overwrite, ours=zarr_file) as folder:
         group = zarr.open_group(str(folder), mode="w", zarr_format=3)
         finer = _create(group, "0", levels[0], len(channels), np.dtype(dtype), kind)
         for region in _shards(finer, axes):

@@ -1,0 +1,85 @@
+"""From an input's name and path to its plan, made where the input can be read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
+from typing import final
+
+from wsitk.errors import UsageError
+from wsitk.model import ModelSpec
+from wsitk.plan import Plan
+from wsitk.reading.access import Access
+from wsitk.reading.client import ReaderProcess
+from wsitk.reading.server import TileImage
+from wsitk.settings import Settings
+from wsitk.sources.base import Source, SourceRef
+
+__all__ = ["Input", "Planner"]
+
+
+@dataclass(frozen=True)
+class Input:
+    """One thing to work on: its name below the output folder, and a path or an open source."""
+
+    name: str
+    source: str | Source
+
+
+@final
+@dataclass(frozen=True)
+class Planner:
+    """Plans inputs for one model; `spec` is resolved, `device` the kind that it runs on.
+
+    `mpp` is the pixel size of all inputs, or by name. Sources without a file are kept as they are given, and
+    refused unless the model runs `here`, in this process.
+    """
+
+    spec: ModelSpec
+    settings: Settings
+    device: str
+    reader: ReaderProcess
+    mpp: Mapping[str, float] | float | None = None
+    here: bool = False
+    _held: dict[str, Access] = field(default_factory=dict)
+
+    def plan(self, item: Input) -> Plan:
+        """Return the plan of an input; raises what stands against working on it."""
+        _check_name(item.name)
+        plan: Plan = self._way_to(item).look("wsitk.plan:plan_input", item.name, self.spec, self.settings)
+        arithmetic = [self.device, self.settings.threads if self.device == "cpu" else 0]
+        return replace(plan, key={**plan.key, "arithmetic": arithmetic})
+
+    def access(self, ref: SourceRef) -> Access:
+        """Return the way to an input that has been planned."""
+        return self._held.get(ref.path) or Access(ref, self.reader)
+
+    def tiles(self, ref: SourceRef) -> TileImage:
+        """Return a planned input on the model's grid."""
+        return self.access(ref).tiles(self.spec)
+
+    def _way_to(self, item: Input) -> Access:
+        if not isinstance(item.source, Source):
+            mpp = self.mpp.get(item.name) if isinstance(self.mpp, Mapping) else self.mpp
+            options = {"mpp": mpp, "name": PurePosixPath(item.name).name}
+            return Access(
+                SourceRef(item.source, {k: v for k, v in options.items() if v is not None}), self.reader
+            )
+        if item.source.ref is not None:
+            return Access(item.source.ref, self.reader)
+        if not self.here:
+            raise UsageError(
+                "WSI025",
+                f"{item.name} is not a file, so the model must run here: give the model, not its name",
+            )
+        return self._held.setdefault(f"memory:{item.name}", Access(item.source, self.reader))
+
+
+def _check_name(name: str) -> None:
+    """Refuse a name that would write outside of its own folder below the output (UsageError WSI015)."""
+    parts = PurePosixPath(name).parts
+    if not parts or parts[0] == "/" or ".." in parts or name in ("run.json", "summary.csv", "index.html"):
+        raise UsageError(
+            "WSI015", f"an input cannot be called {name!r}: its results would have no folder of their own"
+        )

@@ -1,0 +1,95 @@
+"""What a run asks of whoever computes: blocks in, reports out, wherever the model lives."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from wsitk.blocks import BlockReport, BlockTask
+from wsitk.device import choose_device, fix_arithmetic
+from wsitk.model import ModelSpec, TileModel
+from wsitk.predictor import Predictor
+from wsitk.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["ModelRef", "Order", "Work", "cost_of_a_tile", "ready", "slot_bytes"]
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model by the name or path that `load_model` takes, and its options. Picklable, unlike most models."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Order:
+    """Everything that stays the same over a run: the model, the settings, and where results go."""
+
+    model: ModelRef
+    settings: Settings
+    out: Path
+
+
+class Work(ABC):
+    """A model at work: `spec` as the model states it, and the kind of `device` that it runs on."""
+
+    spec: ModelSpec
+    device: str
+
+    @abstractmethod
+    def run(self, tasks: Iterator[BlockTask]) -> Iterator[BlockReport]:
+        """Yield a report for each task once its block is committed; tasks are drawn as they are needed.
+
+        Raises BlockError, which names the input, for whatever is not the data's fault. Whoever goes on calls
+        again, with the tasks that were drawn and not reported.
+        """
+
+    @abstractmethod
+    def estimate(self) -> tuple[float, float]:
+        """Return what a tile costs on this machine: seconds in the network, and MiB of memory in all."""
+
+    @abstractmethod
+    def peak_mib(self) -> float:
+        """Return the most memory that the process with the model has held, in MiB."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the model and of its processes."""
+
+
+def ready(model: TileModel, settings: Settings) -> tuple[Predictor, torch.device]:
+    """Return the model on its device, its arithmetic fixed."""
+    device = choose_device(settings.device)
+    fix_arithmetic(settings.threads or 1)
+    return Predictor(model, device, settings.precision), device
+
+
+def cost_of_a_tile(predictor: Predictor, spec: ModelSpec) -> float:
+    """Return the seconds that the network takes for a tile: a blank group is run twice, the second is timed."""
+    import time
+
+    blank = [np.full((*spec.tile, spec.channels), 255, spec.dtype or "uint8")] * spec.compute_batch
+    seconds = 0.0
+    for _ in range(2):
+        began = time.perf_counter()
+        for outputs in predictor(blank)[0]:
+            for value in outputs.values():
+                value.cpu()
+        seconds = time.perf_counter() - began
+    return seconds / len(blank)
+
+
+def slot_bytes(spec: ModelSpec) -> int:
+    """Return the room that a tile of any type takes, with a mask of what is absent; `spec` is resolved."""
+    widest = np.dtype(spec.dtype).itemsize if spec.dtype else 8
+    return prod(spec.tile) * (spec.channels * widest + 1)
