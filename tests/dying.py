@@ -85,6 +85,30 @@ def killed_once() -> TileModel:
     return _Dying(once)
 
 
+def killed_at_step() -> TileModel:
+    """Return a model whose process is killed before its n-th call that makes something durable, once.
+
+    The file ``WSITK_TEST_MARK`` holds n, and is removed when it has happened.
+    """
+    mark = Path(os.environ["WSITK_TEST_MARK"])
+    count = 0
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if mark.exists() and count == int(mark.read_text()):
+                mark.unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in ("replace", "rename", "fsync"):
+        setattr(os, name, counted(getattr(os, name)))
+    return oracle()
+
+
 def broken() -> TileModel:
     """Fail to build."""
     raise RuntimeError("no such weights")

@@ -77,10 +77,10 @@ def test_a_death_that_does_not_come_again_costs_nothing(
 @pytest.mark.parametrize(
     ("model", "settings", "reason", "deaths"),
     [
-        ("killed", {}, "signal 9", 3),
         ("crashing", {}, "signal 11", 3),
-        ("hanging", {"deadline": 4.0}, "deadline", 2),
-        ("greedy", {"max_ram": 1.0}, "memory limit", 3),
+        pytest.param("killed", {}, "signal 9", 3, marks=pytest.mark.slow),
+        pytest.param("hanging", {"deadline": 8.0}, "deadline", 2, marks=pytest.mark.slow),
+        pytest.param("greedy", {"max_ram": 1.0}, "memory limit", 3, marks=pytest.mark.slow),
     ],
 )
 def test_a_poisoned_block_is_set_aside_and_only_that(
@@ -122,6 +122,60 @@ def test_a_process_that_is_killed_from_outside_is_started_again(
     (row,) = runner.run([Input("a.tiff", str(slide))])
     assert row.status == "done"
     assert "signal 9" in runner._deaths[0]
+    assert tree(tmp_path) == tree(healthy)
+
+
+@pytest.mark.parametrize("step", [1, 2, 5, 8])
+def test_a_worker_killed_while_it_commits_leaves_no_trace(
+    step: int, slide: Path, healthy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = tmp_path / "mark"
+    mark.write_text(str(step))
+    monkeypatch.setenv("WSITK_TEST_MARK", str(mark))
+    row, events = run("killed_at_step", slide, tmp_path / "out")
+    assert not mark.exists()
+    assert row.status == "done"
+    assert [e.kind for e in events].count("death") == 1
+    assert tree(tmp_path / "out") == tree(healthy)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_supervisor_killed_with_its_children_at_work(
+    count: int, slide: Path, healthy: Path, tmp_path: Path
+) -> None:
+    def die(event: Event) -> None:
+        nonlocal count
+        count -= event.kind == "block"
+        if count == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        inputs = [Input("a.tiff", str(slide))]
+        Runner(ModelRef("dying:oracle"), tmp_path, Settings(**PLAIN), on_event=die).run(inputs)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert run("oracle", slide, tmp_path, max_unreadable=0.01)[0].status == "done"
+    assert tree(tmp_path) == tree(healthy)
+
+
+@pytest.mark.parametrize("supervise", [True, False])
+def test_parts_done_by_different_processes_make_the_same_bytes(
+    supervise: bool, slide: Path, healthy: Path, tmp_path: Path
+) -> None:
+    first = run("oracle", slide, tmp_path, part=(0, 2), supervise=supervise)[0]
+    assert (first.status, first.exit_code) == ("partial", 0)
+    assert not (tmp_path / "a.tiff" / "provenance.json").exists()
+    assert run("oracle", slide, tmp_path, part=(1, 2), supervise=supervise)[0].status == "done"
+    assert tree(tmp_path) == tree(healthy)
+    assert run("oracle", slide, tmp_path, part=(0, 2))[0].status == "done"  # asked again, it says so
+
+
+def test_parts_at_the_same_time_make_the_same_bytes(slide: Path, healthy: Path, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        rows = [pool.submit(run, "oracle", slide, tmp_path, part=(i, 2)) for i in range(2)]
+        statuses = sorted(row.result()[0].status for row in rows)
+    assert statuses in (["done", "done"], ["done", "partial"])
     assert tree(tmp_path) == tree(healthy)
 
 
