@@ -90,7 +90,9 @@ class OpenBlock:
         self._statuses: list[TileStatus] = []
         self._foreground: list[float] = []
         block = task.grid.block_at(task.block)
-        self._stitchers = {f.name: FieldStitcher(task.grid, block, f) for f in spec.fields}
+        self._stitchers = {
+            f.name: FieldStitcher(task.grid, block, f, frame=task.image) for f in spec.fields
+        }
         for index in sorted({*block.tiles} - {*task.tiles}):
             self._skip(task.grid[index])
 

@@ -10,15 +10,16 @@ read   ┌───────────────┐      owned regions pa
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
-from math import prod
+from itertools import pairwise, product
+from math import ceil, prod
 
 from wsitk.geometry import Region
 
-__all__ = ["Tile", "Block", "TileGrid"]
+__all__ = ["Block", "Line", "Tile", "TileGrid"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +41,23 @@ class Block:
     read: Region
 
 
+@dataclass(frozen=True, slots=True)
+class Line:
+    """The tiles along one axis: where each begins to read, and between which pixels each owns."""
+
+    read: tuple[int, ...]
+    owned: tuple[int, ...]
+    """One more than there are tiles: tile k owns ``[owned[k], owned[k + 1])``."""
+
+
 @dataclass(frozen=True)
 class TileGrid:
     """A concrete arrangement of tiles over `extent`, all in pixels of the working grid.
 
     The lattice has cells of ``tile - 2 * halo`` pixels with a corner at `origin` (which may lie outside
     the extent). A tile's `owned` region is its cell clipped to the extent. `block` is the number of tiles
-    along each axis of a `Block`.
+    along each axis of a `Block`. Where `starts` names the places at which tiles begin to read along each
+    axis, these replace the lattice, and a tile owns what lies nearest to its middle.
     """
 
     extent: Region
@@ -54,6 +65,7 @@ class TileGrid:
     halo: tuple[int, ...]
     origin: tuple[int, ...]
     block: tuple[int, ...]
+    starts: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         if any(n == 0 for n in self.extent.shape):
@@ -86,6 +98,43 @@ class TileGrid:
         origin = tuple(a - (a - h) % p for a, h, p in zip(extent.start, halo, period, strict=True))
         return cls(extent, tile, halo, origin, block or (1,) * extent.ndim)
 
+    @classmethod
+    def sliding(
+        cls,
+        extent: Region,
+        tile: tuple[int, ...],
+        step: float = 0.5,
+        *,
+        block: tuple[int, ...] | None = None,
+    ) -> TileGrid:
+        """Return windows that stay inside the extent, spread evenly, at most ``step * tile`` apart.
+
+        nnU-Net's rule (Isensee et al. 2021, supplement): n = ceil((size - tile) / (tile * step)) + 1 windows,
+        the k-th beginning at round(k * (size - tile) / (n - 1)). An extent shorter than the tile gets one
+        window around its middle, and the source pads.
+        """
+        starts = tuple(
+            tuple(a + k for k in _even_starts(n, t, step))
+            for a, n, t in zip(extent.start, extent.shape, tile, strict=True)
+        )
+        zero = (0,) * extent.ndim
+        return cls(extent, tile, zero, zero, block or (1,) * extent.ndim, starts)
+
+    @cached_property
+    def lines(self) -> tuple[Line, ...]:
+        """Return where tiles read and own along each axis."""
+        return tuple(self._line(axis) for axis in range(self.extent.ndim))
+
+    def _line(self, axis: int) -> Line:
+        low, high = self.extent.start[axis], self.extent.stop[axis]
+        if self.starts is None:
+            corner, cell = self.origin[axis] + self.first[axis] * self.cell[axis], self.cell[axis]
+            begins = [corner + k * cell for k in range(self.counts[axis])]
+            return Line(tuple(b - self.halo[axis] for b in begins), (low, *begins[1:], high))
+        places, half = self.starts[axis], self.tile[axis] / 2
+        middles = [(a + b) / 2 + half for a, b in pairwise(places)]
+        return Line(places, (low, *(ceil(m) for m in middles), high))
+
     @cached_property
     def cell(self) -> tuple[int, ...]:
         """Return the lattice step: the size of an unclipped owned region."""
@@ -99,6 +148,8 @@ class TileGrid:
     @cached_property
     def counts(self) -> tuple[int, ...]:
         """Return the number of tiles along each axis."""
+        if self.starts is not None:
+            return tuple(len(places) for places in self.starts)
         ends = zip(self.extent.stop, self.origin, self.cell, self.first, strict=True)
         return tuple((b - 1 - o) // c - f + 1 for b, o, c, f in ends)
 
@@ -111,11 +162,12 @@ class TileGrid:
     def __getitem__(self, index: int) -> Tile:
         """Return tile `index` in C order; raises IndexError outside ``0 .. len - 1``."""
         position = self.position(index)
-        start = tuple(
-            o + (f + k) * c for o, f, k, c in zip(self.origin, self.first, position, self.cell, strict=True)
-        )
-        cell = Region(start, self.cell)
-        return Tile(index, cell.intersect(self.extent), cell.grow(self.halo))
+        spans = [(line.owned[k], line.owned[k + 1]) for line, k in zip(self.lines, position, strict=True)]
+        owned = Region.between(*zip(*spans, strict=True))
+        return Tile(index, owned, Region(self._read_start(position), self.tile))
+
+    def _read_start(self, position: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(line.read[k] for line, k in zip(self.lines, position, strict=True))
 
     def position(self, index: int) -> tuple[int, ...]:
         """Return the place of tile `index` along each axis."""
@@ -138,14 +190,10 @@ class TileGrid:
 
     def overlapping(self, region: Region) -> Iterator[Tile]:
         """Yield, in index order, the tiles whose `read` window overlaps `region`."""
-        ranges = []
-        spans = zip(
-            region.start, region.stop, self.origin, self.cell, self.halo, self.first, self.counts, strict=True
-        )
-        for a, b, o, c, h, f, n in spans:
-            low = (a - h - o) // c - f
-            high = (b - 1 + h - o) // c - f
-            ranges.append(range(max(0, low), min(n - 1, high) + 1))
+        ranges = [
+            range(bisect_right(line.read, a - t), bisect_left(line.read, b))
+            for a, b, t, line in zip(region.start, region.stop, self.tile, self.lines, strict=True)
+        ]
         for position in product(*ranges):
             tile = self[self.index_at(position)]
             if tile.read.intersect(region).size:
@@ -183,3 +231,12 @@ class TileGrid:
         for k, b, n in zip(self.position(tile), self.block, self.block_counts, strict=True):
             index = index * n + k // b
         return index
+
+
+def _even_starts(size: int, tile: int, step: float) -> list[int]:
+    """Return where windows of `tile` begin along an axis of `size`."""
+    room = size - tile
+    if room <= 0:
+        return [-(-room // 2)]
+    count = ceil(room / (tile * step)) + 1
+    return [round(k * room / (count - 1)) for k in range(count)]

@@ -36,7 +36,7 @@ class FieldSpec:
     """A dense output.
 
     `reduction` says how overlapping tiles are joined: ``mean`` weighs predictions by `window`
-    (``ramp``, ``hann``, ``flat`` or ``crop``), ``argmax`` joins as ``mean`` and keeps the winning channel
+    (``ramp``, ``hann``, ``flat``, ``crop`` or ``gaussian``), ``argmax`` joins as ``mean`` and keeps the winning channel
     only. `dtype` is what is stored; ``uint8`` stands for 0..1 in steps of 1/255.
     """
 
@@ -44,7 +44,7 @@ class FieldSpec:
     channels: tuple[str, ...]
     kind: Literal["field", "image", "labels"] = "field"
     reduction: Literal["mean", "argmax"] = "mean"
-    window: Literal["ramp", "hann", "flat", "crop"] = "ramp"
+    window: Literal["ramp", "hann", "flat", "crop", "gaussian"] = "ramp"
     dtype: Literal["uint8", "uint16", "float32"] = "uint8"
 
 

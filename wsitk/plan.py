@@ -100,12 +100,13 @@ def resolve_spec(spec: ModelSpec, settings: Settings) -> ModelSpec:
 
 def working_image(source: Source, spec: ModelSpec) -> WorkingImage:
     """Return `source` as the model wants to see it."""
-    if spec.border == "clip":
+    if spec.border == "clip" and spec.compute_batch > 1:
         raise ModelError(
-            "WSI334", f"{spec.name} wants clipped borders, which no run offers; use reflect or constant"
+            "WSI334", f"{spec.name} takes tiles cut at the border, which differ in shape, in batches; take 1"
         )
-    border: Literal["reflect", "constant"] = "constant" if spec.border == "constant" else "reflect"
-    return WorkingImage(source, spec.spacing, tolerance=spec.spacing_tolerance, border=border, fill=spec.fill)
+    return WorkingImage(
+        source, spec.spacing, tolerance=spec.spacing_tolerance, border=spec.border, fill=spec.fill
+    )
 
 
 @final

@@ -281,7 +281,10 @@ def _presence(reading: Reading, tile: Tile) -> tuple[str, str]:
     """Return status and reason for what the file holds of a tile's owned region."""
     if reading.absent is None:
         return "ok", ""
-    inside = reading.absent[tile.owned.slices(tile.read.start)]
+    # a window cut at the image's border begins where the image does
+    clipped = reading.absent.shape != tile.read.shape
+    start = tuple(max(0, a) for a in tile.read.start) if clipped else tile.read.start
+    inside = reading.absent[tile.owned.slices(start)]
     if inside.all():
         return "absent", "WSI110 the file holds no pixels here"
     share = float(inside.mean())

@@ -37,7 +37,8 @@ class WorkingImage:
     spacing
         Micrometres per pixel along each axis; None takes level 0 as it is.
     border, fill
-        What lies beyond the image: its mirror (without repeating the border pixel), or `fill`.
+        What lies beyond the image: its mirror (without repeating the border pixel), `fill`, or nothing: with
+        ``clip`` a region is cut to the image, as a network padded with zeros in each layer wants it.
 
     Attributes
     ----------
@@ -64,13 +65,13 @@ class WorkingImage:
         spacing: tuple[float, ...] | None,
         *,
         tolerance: float = 0.05,
-        border: Literal["reflect", "constant"] = "reflect",
+        border: Literal["reflect", "constant", "clip"] = "reflect",
         fill: int = 255,
     ) -> None:
         if spacing is not None and len(spacing) != source.ndim:
             raise UsageError("WSI021", f"{source.name}: {len(spacing)} spacings for {source.ndim} axes")
-        if border not in ("reflect", "constant"):
-            raise UsageError("WSI021", f"border must be 'reflect' or 'constant', got {border!r}")
+        if border not in ("reflect", "constant", "clip"):
+            raise UsageError("WSI021", f"border must be 'reflect', 'constant' or 'clip', got {border!r}")
         self.source = source
         self.border = border
         self.fill = fill
@@ -119,6 +120,8 @@ class WorkingImage:
         if frame.contains(region):
             return self._inside(region)
         common = region.intersect(frame)
+        if self.border == "clip":
+            return self._inside(common)
         places = [self._places(*axis) for axis in zip(region.start, region.stop, self.shape, strict=True)]
         if self.border == "constant":
             return self._on_fill(region, common)

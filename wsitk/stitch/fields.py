@@ -40,22 +40,21 @@ FILL = 0
 """What a field holds where no tile answers: the owned regions of tiles that are not ok."""
 
 
-def _reach(grid: TileGrid, spec: FieldSpec) -> tuple[int, ...]:
-    """Return how far beyond its owned region a tile has a weight above zero."""
-    return (0,) * grid.extent.ndim if spec.window == "crop" else grid.halo
-
-
 def _extent_of(block: Block, grid: TileGrid, spec: FieldSpec) -> tuple[Region, Region]:
     """Return the region of pixels that a block's tiles weigh in, and the inner part that is theirs alone."""
-    reach = _reach(grid, spec)
-    region = block.owned.grow(reach).intersect(grid.extent)
-    owned, extent = block.owned, grid.extent
-    inner = Region.between(
-        (a + m * (a > e) for a, m, e in zip(owned.start, reach, extent.start, strict=True)),
-        (b - m * (b < e) for b, m, e in zip(owned.stop, reach, extent.stop, strict=True)),
-    )
+    if spec.window == "crop":
+        return block.owned, block.owned
+    region = block.read.intersect(grid.extent)
+    low, high = list(region.start), list(region.stop)
+    first, last = grid.position(block.tiles[0]), grid.position(block.tiles[-1])
+    for axis, line in enumerate(grid.lines):
+        # windows may overlap more than their neighbours: the nearest is not always the farthest reaching
+        before, after = line.read[: first[axis]], line.read[last[axis] + 1 :]
+        low[axis] = max(low[axis], *(a + grid.tile[axis] for a in before)) if before else low[axis]
+        high[axis] = min(high[axis], *after) if after else high[axis]
+    inner = all(a < b for a, b in zip(low, high, strict=True))
     # An empty inner box must still lie inside, for the rim to be cut around it.
-    return region, inner if inner.size else Region(region.start, (0,) * region.ndim)
+    return region, Region.between(low, high) if inner else Region(region.start, (0,) * region.ndim)
 
 
 def _slabs(region: Region, inner: Region) -> Iterator[Region]:
@@ -169,14 +168,21 @@ class FieldStitcher:
 
     Early tiles are held back until those before them have come or were skipped, so that sums are taken in
     tile order; an ordered loader holds back none. `tiles` names the block's tiles that are to come
-    (default: all of them).
+    (default: all of them); `frame` is the image that tiles are clipped to, if they are (default: the extent).
     """
 
     def __init__(
-        self, grid: TileGrid, block: Block, spec: FieldSpec, *, tiles: Sequence[int] | None = None
+        self,
+        grid: TileGrid,
+        block: Block,
+        spec: FieldSpec,
+        *,
+        tiles: Sequence[int] | None = None,
+        frame: Region | None = None,
     ) -> None:
         self.grid = grid
         self.spec = spec
+        self._frame = frame or grid.extent
         self.region, self.inner = _extent_of(block, grid, spec)
         self._window = outer(window(spec.window, grid.tile, grid.halo))
         self._mean = np.zeros((len(spec.channels), *self.region.shape), np.float32)
@@ -186,12 +192,12 @@ class FieldStitcher:
         self._answered: list[int] = []
 
     def add(self, tile: Tile, values: Floats) -> None:
-        """Take a tile's prediction: float32 (C, *tile.read.shape), or clipped to the extent.
+        """Take a tile's prediction: float32 (C, *tile.read.shape), or clipped to the frame.
 
         Values must be finite. Raises ModelError (WSI331) for another shape, and ValueError for a tile that
         is not in the block or came before.
         """
-        shapes = {tile.read.shape, tile.read.intersect(self.grid.extent).shape}
+        shapes = {tile.read.shape, tile.read.intersect(self._frame).shape}
         if values.shape not in {(len(self.spec.channels), *shape) for shape in shapes}:
             wanted = (len(self.spec.channels), *tile.read.shape)
             raise ModelError(
@@ -236,7 +242,7 @@ class FieldStitcher:
         read = self.grid[index].read
         seen = read.intersect(self.region)
         # Under the border rule `clip` the array starts where the image does.
-        begin = read.start if values.shape[1:] == read.shape else read.intersect(self.grid.extent).start
+        begin = read.start if values.shape[1:] == read.shape else read.intersect(self._frame).start
         there = seen.slices(self.region.start)
         part = values[(slice(None), *seen.slices(begin))].astype(np.float32, copy=False)
         _blend(

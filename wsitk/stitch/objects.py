@@ -169,4 +169,4 @@ class _Front:
         grid = self.grid
         if row >= grid.block_counts[0]:
             return np.inf
-        return grid.origin[0] + (grid.first[0] + row * grid.block[0]) * grid.cell[0] - grid.halo[0]
+        return grid.lines[0].read[row * grid.block[0]]

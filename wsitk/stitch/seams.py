@@ -39,10 +39,10 @@ class Frames:
     def of(cls, grid: TileGrid, tiles: Array) -> Frames:
         """Return the frames of tile numbers (N,); the same arithmetic as ``grid[i]``, for all at once."""
         places = np.stack(np.unravel_index(tiles, grid.counts), axis=1)
-        cell, halo = np.array(grid.cell), np.array(grid.halo)
-        start = np.array(grid.origin) + (np.array(grid.first) + places) * cell
-        low, high = np.array(grid.extent.start), np.array(grid.extent.stop)
-        return cls(np.maximum(start, low), np.minimum(start + cell, high), start - halo, start + cell + halo)
+        lines = list(zip(grid.lines, places.T, strict=True))
+        owned = np.stack([np.array(line.owned)[[place, place + 1]] for line, place in lines], axis=-1)
+        read = np.stack([np.array(line.read)[place] for line, place in lines], axis=-1)
+        return cls(owned[0], owned[1], read, read + np.array(grid.tile))
 
     def own(self, anchor: Array) -> NDArray[np.bool_]:
         """Tell for each point (N, d) whether its tile owns it."""

@@ -46,11 +46,19 @@ def _crop(tile: int, halo: int) -> NDArray[np.float64]:
     return weights
 
 
+def _gaussian(tile: int, halo: int) -> NDArray[np.float64]:
+    """Return nnU-Net's bell: a Gaussian of an eighth of the tile around pixel ``tile // 2``."""
+    place = np.arange(tile) - tile // 2
+    bell: NDArray[np.float64] = np.exp(-0.5 * (place / (tile / 8)) ** 2)
+    return bell
+
+
 WINDOWS: dict[str, Callable[[int, int], NDArray[np.float64]]] = {
     "ramp": _ramp,
     "hann": _hann,
     "flat": _flat,
     "crop": _crop,
+    "gaussian": _gaussian,
 }
 
 

@@ -92,9 +92,8 @@ def _regions(
     columns: dict[str, Any] = {}
     places = np.unravel_index(rows, grid.counts)
     for axis, place in enumerate(places):
-        low = grid.origin[axis] + (grid.first[axis] + place) * grid.cell[axis]
-        start = np.maximum(low, grid.extent.start[axis])
-        stop = np.minimum(low + grid.cell[axis], grid.extent.stop[axis])
+        owned = np.array(grid.lines[axis].owned)
+        start, stop = owned[place], owned[place + 1]
         fine = [np.floor(e * scale[axis] + offset[axis] + 0.5).astype(np.int64) for e in (start, stop)]
         columns[f"start_{axis}"], columns[f"shape_{axis}"] = start, stop - start
         columns[f"level0_start_{axis}"], columns[f"level0_shape_{axis}"] = fine[0], fine[1] - fine[0]
