@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from wsitk.errors import ModelError
+
+if TYPE_CHECKING:
+    from wsitk.card import Card
 
 __all__ = ["app"]
 
@@ -16,6 +20,9 @@ app = typer.Typer(help="List, show and check models.", no_args_is_help=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Name = Annotated[str, typer.Argument(help="A model's name or a checkpoint file.")]
+NameOrFolder = Annotated[str, typer.Argument(help="A model's name, a model folder or a checkpoint file.")]
+
+CARD = "card.toml"
 
 
 @app.command("list")
@@ -44,8 +51,45 @@ def list_models(as_json: Json = False) -> None:
 
 
 @app.command("show")
-def show(name: Name, as_json: Json = False) -> None:
-    """Show everything the engine knows of a model."""
+def show(name: NameOrFolder, as_json: Json = False) -> None:
+    """Show a model's whole card: data and licences, figures, failures, cost, how to cite, checksum."""
+    card = _card(name)
+    if card is None:
+        _show_spec(name, as_json)
+        return
+    verified = card.verified()
+    if as_json:
+        typer.echo(json.dumps({**card.content, "verified": verified}))
+    else:
+        from wsitk.cli.card_text import card_text
+
+        typer.echo(card_text(card, verified))
+    if verified is False:
+        raise ModelError(
+            "WSI317", f"{card.weights} is not the file that {card.path} describes; copy it again"
+        )
+
+
+def _card(name: str) -> Card | None:
+    """Return the card of a model by name, or of a folder or card file; None if it has none."""
+    from importlib.metadata import entry_points
+    from importlib.resources import files
+
+    from wsitk.card import read_card
+    from wsitk.models import BUILTIN
+
+    target = ({point.name: point.value for point in entry_points(group="wsitk.models")} | BUILTIN).get(name)
+    if target is None:
+        path = Path(name) / CARD if Path(name).is_dir() else Path(name)
+        return read_card(path) if path.name == CARD else None
+    # A card belongs to the model of its own name: a package may announce several models, and hold one card.
+    path = Path(str(files(target.partition(":")[0].rpartition(".")[0]))) / CARD
+    card = read_card(path) if path.is_file() else None
+    return card if card is not None and card.name == name else None
+
+
+def _show_spec(name: str, as_json: bool) -> None:
+    """Show what the engine knows of a model that has no card, a published checkpoint for one."""
     from wsitk.registry import load_model
 
     spec = asdict(load_model(name).spec)

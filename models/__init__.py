@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BUILTIN", "CHECKPOINT_READERS"]
+__all__ = ["BUILTIN", "CHECKPOINT_READERS", "FOLDER_READERS"]
 
 BUILTIN: dict[str, str] = {
     "cellvit": "wsitk.models.cellvit.model:default_model",
@@ -11,3 +11,5 @@ BUILTIN: dict[str, str] = {
 }
 
 CHECKPOINT_READERS: tuple[str, ...] = ("wsitk.models.cellvit.model:from_checkpoint",)
+
+FOLDER_READERS: tuple[str, ...] = ("wsitk.models.cellvit.folder:from_folder",)

@@ -201,7 +201,7 @@ def test_error_codes_and_their_page_agree() -> None:
 
 
 RANGE = {
-    "UsageError": "0",
+    "UsageError": "[089]",
     "SourceError": "1",
     "SpacingError": "2",
     "ModelError": "3",

@@ -32,6 +32,8 @@ def test_data_without_a_commit_record_does_not_count(tmp_path: Path) -> None:
         (tmp_path / ".wsitk" / "blocks" / "000001.npz").write_bytes(b"half")
         (tmp_path / ".wsitk" / "blocks" / ".000002.npz.part").write_bytes(b"half")
         assert set(journal.committed()) == {0}
+    with Journal(tmp_path, KEY) as journal:
+        assert set(journal.committed()) == {0}
         assert not list((tmp_path / ".wsitk" / "blocks").glob(".*.part"))
 
 

@@ -35,8 +35,11 @@ ORDER = (
     "metrics",
     "blockstore",
     "discard",
+    "seal",
     "journal",
     "writers",
+    "card",
+    "splits",
     "record",
     "result",
     "contact_sheet",
@@ -51,6 +54,9 @@ ORDER = (
     "outcome",
     "finish",
     "pipeline",
+    "verify",
+    "evaluation",
+    "training",
     "testing",
 )
 """Lowest first. A new module or package is put in its place here, or the tests below fail."""

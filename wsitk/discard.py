@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
-from wsitk.durable import read_own
+from wsitk.durable import read_own, sync_folder
 
 __all__ = ["RESULTS", "TEMPORARY", "discard_results", "result_files", "settle", "zarr_file"]
 
@@ -74,6 +74,8 @@ def discard_results(folder: Path) -> None:
     record, doomed = folder / "provenance.json", folder / ".wsitk" / "discarding.json"
     if record.is_file() and not record.is_symlink():
         os.replace(record, doomed)
+        sync_folder(folder)  # before anything goes: no record may outlast what it lists
+        sync_folder(doomed.parent)
     for name in RESULTS:  # left by a kill while a folder was being replaced
         settle(folder / f".{name}.old", folder / name, zarr_file)
     listed = _listed(doomed)

@@ -26,6 +26,7 @@ __all__ = [
     "read_own",
     "refuse_link",
     "same_file",
+    "sync_folder",
     "try_lock",
     "write_durably",
 ]
@@ -46,7 +47,12 @@ def write_durably(path: Path, data: bytes | memoryview, *, mark: str = "") -> No
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the renames inside a folder outlast a power cut."""
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:

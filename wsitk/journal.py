@@ -294,7 +294,10 @@ class Journal:
     def _discard_claimed(self, block: int) -> None:
         """Drop a damaged block unless another process is redoing it right now."""
         path = self.folder / "claims" / f"{block:06d}"
-        with os.fdopen(open_own(path, os.O_RDWR | os.O_CREAT), "r+b") as file:
+        with (
+            contextlib.suppress(FileNotFoundError),  # all was finished meanwhile
+            os.fdopen(open_own(path, os.O_RDWR | os.O_CREAT), "r+b") as file,
+        ):
             if try_lock(file, fcntl.LOCK_EX) and same_file(file, path) and not self.store.intact(block):
                 self.store.discard(block)
 

@@ -23,8 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsitk.blocks import BlockError, BlockReport, BlockTask
+from wsitk.blockstore import DamagedBlockError
 from wsitk.contact_sheet import write_contact_sheet
-from wsitk.durable import locked_folder
+from wsitk.durable import locked_folder, write_durably
 from wsitk.errors import OutputError, WsitkError
 from wsitk.finish import finish
 from wsitk.jobs import Job
@@ -217,9 +218,8 @@ class Runner:
     def _make_folder(self) -> None:
         try:
             self._out.mkdir(parents=True, exist_ok=True)
-            probe = self._out / ".wsitk-probe"
-            probe.touch()
-            probe.unlink()
+            write_durably(self._out / ".wsitk-probe", b"")
+            (self._out / ".wsitk-probe").unlink()
         except OSError as error:
             raise OutputError(
                 "WSI502", f"cannot write to {self._out}: {error.strerror}; choose another --out"
@@ -288,6 +288,7 @@ class Runner:
                     overwrite=self._settings.overwrite,
                     shared=part is not None,
                     stamp=plan.stamp,
+                    name=plan.name,
                 )
             )
             if journal.finished:
@@ -351,6 +352,9 @@ class Runner:
         self._emit(Event("finishing", name))
         try:
             self._end(self._finished_row(job))
+        except DamagedBlockError as error:
+            job.journal.store.discard(error.block)
+            self._fail(name, error)
         except Exception as error:  # whatever it was, the other inputs go on
             self._raise_if_disk(error)
             self._fail(name, error)
@@ -360,9 +364,9 @@ class Runner:
 
     def _finished_row(self, job: Job) -> InputRow:
         began = time.perf_counter()
-        done, all_blocks = job.counts()
-        if done < all_blocks:
-            return partial_row(job.plan, done, all_blocks)
+        done, every = job.counts()
+        if done < every and not job.journal.finished:  # another part may have finished it meanwhile
+            return partial_row(job.plan, done, every)
         with job.journal.finishing() as needed:
             if needed:
                 job.journal.check_unchanged(job.access.look("wsitk.plan:stamp_of"))

@@ -47,7 +47,7 @@ def _resolve(target: str) -> Any:
 
 
 def load_model(name: str | Path, **options: Any) -> TileModel:
-    """Return the model called `name`, read from the checkpoint file `name`, or built by ``module:function``.
+    """Return the model called `name`, read from the checkpoint or folder `name`, or built by ``module:function``.
 
     Raises UsageError (WSI030) for an unknown name, ModelError for a file that is no model.
     """
@@ -55,12 +55,14 @@ def load_model(name: str | Path, **options: Any) -> TileModel:
     if str(name) in table:
         return _build(_resolve(table[str(name)]), str(name), options)
     path = Path(name)
-    if path.is_file():
-        return _from_file(path, options)
+    if path.is_file() or path.is_dir():
+        return _from_path(path, options)
     if re.fullmatch(r"[\w.]+:\w+", str(name)):
         return _build(_builder(str(name)), str(name), options)
     known = ", ".join(sorted(table))
-    raise UsageError("WSI030", f"no model is called {str(name)!r} and no such file exists; known: {known}")
+    raise UsageError(
+        "WSI030", f"no model is called {str(name)!r}, and no such file or folder exists; known: {known}"
+    )
 
 
 def _builder(target: str) -> Builder:
@@ -81,13 +83,17 @@ def _build(build: Builder, name: str, options: dict[str, Any]) -> TileModel:
     return build(**options)
 
 
-def _from_file(path: Path, options: dict[str, Any]) -> TileModel:
-    readers: tuple[str, ...] = importlib.import_module("wsitk.models").CHECKPOINT_READERS
+def _from_path(path: Path, options: dict[str, Any]) -> TileModel:
+    """Read a checkpoint file, or a folder of card and weights, by the first reader that takes it."""
+    table = importlib.import_module("wsitk.models")
+    readers: tuple[str, ...] = table.FOLDER_READERS if path.is_dir() else table.CHECKPOINT_READERS
     reasons = []
     for target in readers:
         read: Builder = partial(_resolve(target), path)
         try:
             return _build(read, path.name, options)
         except ModelError as error:
+            if len(readers) == 1:
+                raise
             reasons.append(str(error))
-    raise ModelError("WSI300", f"{path.name} is not a checkpoint that wsitk can read: {'; '.join(reasons)}")
+    raise ModelError("WSI300", f"{path.name} is no model that wsitk can read: {'; '.join(reasons)}")

@@ -1,4 +1,4 @@
-"""Load CellViT's published checkpoint files as they are.
+"""Load CellViT's published checkpoint files as they are, and write such files.
 
 A file is what upstream's trainer saved: a dict of `arch` (the network's class), `config` (flat, dotted keys)
 and `model_state_dict`; whatever else lies in it (optimizer, run names) is not used. The weights' licence is
@@ -7,18 +7,22 @@ not ours: see README.md beside this file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from wsitk.errors import ModelError
 from wsitk.model import ObjectClass
 from wsitk.models.cellvit.config import VARIANTS, CellViTConfig
 from wsitk.models.cellvit.network import CellViT, empty_network
 from wsitk.models.cellvit.torchfile import TorchFile, checked_state, read_torch_file
+from wsitk.writers.base import atomic_file
 
-__all__ = ["CheckpointInfo", "PANNUKE", "load_checkpoint", "object_classes"]
+__all__ = ["CheckpointInfo", "PANNUKE", "load_checkpoint", "object_classes", "save_upstream_checkpoint"]
 
 PANNUKE = (
     ObjectClass("Neoplastic", (255, 0, 0)),
@@ -99,6 +103,114 @@ def load_checkpoint(path: str | Path) -> tuple[CellViT, CheckpointInfo]:
     network = empty_network(info.config)
     network.load_state_dict(checked_state(file, network.state_dict()), strict=True, assign=True)
     return network.eval(), info
+
+
+def save_upstream_checkpoint(
+    path: str | Path,
+    network: nn.Module,
+    *,
+    classes: Sequence[ObjectClass] = PANNUKE,
+    mean: Sequence[float] = (0.5, 0.5, 0.5),
+    std: Sequence[float] = (0.5, 0.5, 0.5),
+    magnification: int = 40,
+    mixed_precision: bool = False,
+    config: Mapping[str, str | int | float | bool] | None = None,
+    epoch: int = 0,
+    overwrite: bool = False,
+) -> None:
+    """Write `network` as upstream's trainer does, so that upstream's tools and `load_checkpoint` read it.
+
+    The file is a `torch.save` dict of `arch`, `epoch`, `config` and `model_state_dict`, plain values and
+    tensors only, in the network's precision; optimizer states are not in it. `classes` are those of the type
+    map's channels 1, 2, …; `magnification` is 40 (0.25 µm/px) or 20 (0.5); `config` adds flat, dotted keys of
+    one's own. Raises ModelError: WSI315 (upstream has no such architecture, or the weights hold more or other
+    than it), WSI316 (classes or magnification that the file can't say), WSI307 (weights that are not
+    finite); OutputError as `atomic_file` does.
+    """
+    arch, described = _upstream_architecture(network)
+    settings = {
+        **(config or {}),
+        **described,
+        **_upstream_data(network, classes, magnification),
+        "training.mixed_precision": mixed_precision,
+        "transformations.normalize.mean": [float(v) for v in mean],
+        "transformations.normalize.std": [float(v) for v in std],
+    }
+    state = _upstream_state(network)
+    content = {"arch": arch, "epoch": epoch, "config": settings, "model_state_dict": state}
+    with atomic_file(path, overwrite=overwrite) as file:
+        torch.save(content, file)
+
+
+def _upstream_architecture(network: nn.Module) -> tuple[str, dict[str, Any]]:
+    """Return upstream's class of a network, and the settings from which upstream builds it."""
+    if not isinstance(network, CellViT):
+        raise ModelError(
+            "WSI315",
+            f"a {type(network).__name__} has no architecture in upstream's tools, only a CellViT network has; "
+            "keep wsitk's own format (safetensors and a card)",
+        )
+    own = network.config
+    bare = replace(own, nuclei_classes=6, tissue_classes=19, regression=False, dropout=0.0)
+    for (arch, backbone), variant in VARIANT_BY_ARCH.items():
+        if VARIANTS[variant] == bare:
+            return arch, {} if backbone is None else {"model.backbone": backbone}
+    plain = CellViTConfig("dino", own.embed_dim, own.depth, own.num_heads, own.extract_layers)
+    if replace(bare, input_channels=3) != plain:
+        raise ModelError(
+            "WSI315",
+            f"upstream has no architecture for {own}; wanted a published variant or a plain ViT with patches "
+            "of 16; keep wsitk's own format (safetensors and a card)",
+        )
+    numbers = ("embed_dim", "depth", "num_heads", "input_channels")
+    described = {f"model.{name}": getattr(own, name) for name in numbers}
+    return "CellViT", described | {"model.extract_layers": list(own.extract_layers)}
+
+
+def _upstream_data(
+    network: nn.Module, classes: Sequence[ObjectClass], magnification: int
+) -> dict[str, str | int | bool]:
+    """Return the settings that say what the channels mean."""
+    assert isinstance(network, CellViT)  # as _upstream_architecture found
+    own, names = network.config, ["Background", *(c.name for c in classes)]
+    if len(set(names)) != own.nuclei_classes:
+        got = f"{len(set(names)) - 1} different classes for a type map of {own.nuclei_classes - 1}"
+        raise ModelError("WSI316", f"{got} (and background); name each class once")
+    # Upstream cuts keys at dots, so such a name would come back as a folder of names.
+    if dotted := [name for name in names if "." in name or not name]:
+        raise ModelError("WSI316", f"class {dotted[0]!r}: upstream allows no dot in a name; rename it")
+    if magnification not in (20, 40):
+        raise ModelError("WSI316", f"magnification is {magnification}, wanted 40 (0.25 µm/px) or 20 (0.5)")
+    return {
+        "data.num_nuclei_classes": own.nuclei_classes,
+        "data.num_tissue_classes": own.tissue_classes,
+        "data.magnification": magnification,
+        "model.regression_loss": own.regression,
+        **{f"dataset_config.nuclei_types.{name}": channel for channel, name in enumerate(names)},
+    }
+
+
+def _upstream_state(network: nn.Module) -> dict[str, Tensor]:
+    """Return the weights on the CPU once they prove to be those of a plain network, each in its own memory."""
+    assert isinstance(network, CellViT)  # as _upstream_architecture found
+    state, wanted = network.state_dict(), empty_network(network.config).state_dict()
+    odd = [n for n in {**wanted, **state} if n not in state or n not in wanted]
+    if odd:
+        raise ModelError(
+            "WSI315",
+            f"{len(odd)} entries are not those of a plain CellViT ({', '.join(map(repr, odd[:3]))}); merge "
+            "adapters into the weights before saving",
+        )
+    bad = next((n for n, v in state.items() if v.is_floating_point() and not v.isfinite().all()), None)
+    if bad is not None:
+        raise ModelError("WSI307", f"{bad!r} has values that are not finite; not saved")
+    return {name: _whole(value) for name, value in state.items()}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Return the tensor alone in its memory: a view would take all that it is a view of into the file."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def object_classes(names: Mapping[int, str], count: int, first: int = 1) -> tuple[ObjectClass, ...]:

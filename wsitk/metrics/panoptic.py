@@ -1,108 +1,43 @@
-"""Instance metrics: panoptic quality from one contingency table, and detection by centroids."""
+"""Instance metrics from one contingency table: panoptic quality, AJI, AJI+, Dice of objects."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import linear_sum_assignment
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-from scipy.spatial import cKDTree
 
-LabelMap = npt.NDArray[np.integer]
-Points = npt.NDArray[np.floating]
+from wsitk.errors import UsageError
+from wsitk.metrics.assignment import best_pairs
+from wsitk.metrics.contingency import Contingency, LabelMap
+from wsitk.metrics.counts import Convention, Counts, Quality, ratio
+from wsitk.metrics.detection import centroids, detection_counts, detection_f1
 
+__all__ = [
+    "Contingency",
+    "Convention",
+    "Counts",
+    "Quality",
+    "aji",
+    "aji_plus",
+    "binary_pq",
+    "centroids",
+    "class_counts",
+    "count_matches",
+    "detection_counts",
+    "detection_f1",
+    "ensemble_dice",
+    "foreground_dice",
+    "matches",
+    "panoptic_counts",
+]
 
-@dataclass(frozen=True)
-class Counts:
-    """Matched and unmatched objects, and the overlap of the matched. Counts of images add up."""
-
-    tp: int = 0
-    fp: int = 0
-    fn: int = 0
-    iou_sum: float = 0.0
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(
-            self.tp + other.tp, self.fp + other.fp, self.fn + other.fn, self.iou_sum + other.iou_sum
-        )
-
-    @property
-    def f1(self) -> float:
-        """Detection quality; NaN where there is nothing in the truth and nothing was found."""
-        total = 2 * self.tp + self.fp + self.fn
-        return 2 * self.tp / total if total else float("nan")
-
-    @property
-    def precision(self) -> float:
-        return self.tp / (self.tp + self.fp) if self.tp + self.fp else float("nan")
-
-    @property
-    def recall(self) -> float:
-        return self.tp / (self.tp + self.fn) if self.tp + self.fn else float("nan")
-
-    @property
-    def sq(self) -> float:
-        """Mean overlap of the matched objects; 0 where none is matched."""
-        return self.iou_sum / self.tp if self.tp else 0.0
-
-    @property
-    def pq(self) -> float:
-        """Panoptic quality: `f1 * sq`."""
-        return self.f1 * self.sq
-
-
-@dataclass(frozen=True)
-class Overlaps:
-    """The contingency table of two label maps: only the pairs that share pixels.
-
-    `truth[k]` and `predicted[k]` index into `truth_area` and `predicted_area`, the areas of the labels in
-    ascending order without background; `shared[k]` is the number of pixels that they have in common.
-    """
-
-    truth: npt.NDArray[np.intp]
-    predicted: npt.NDArray[np.intp]
-    shared: npt.NDArray[np.intp]
-    truth_area: npt.NDArray[np.intp]
-    predicted_area: npt.NDArray[np.intp]
-
-    def iou(self) -> npt.NDArray[np.float64]:
-        """Intersection over union of each pair."""
-        union = self.truth_area[self.truth] + self.predicted_area[self.predicted] - self.shared
-        return np.asarray(self.shared / union, dtype=np.float64)
-
-
-def overlaps(truth: LabelMap, predicted: LabelMap) -> Overlaps:
-    """Compare two label maps of equal shape, of any number of axes, with 0 for background."""
-    if truth.shape != predicted.shape:
-        raise ValueError(f"label maps of different shapes: {truth.shape} and {predicted.shape}")
-    truth_index, truth_area = _compact(truth)
-    predicted_index, predicted_area = _compact(predicted)
-    both = (truth_index >= 0) & (predicted_index >= 0)
-    columns = max(predicted_area.size, 1)
-    pair, shared = np.unique(truth_index[both] * columns + predicted_index[both], return_counts=True)
-    return Overlaps(pair // columns, pair % columns, shared, truth_area, predicted_area)
-
-
-def _compact(labels: LabelMap) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """Flat labels as 0, 1, ... with -1 for background, and the area of each."""
-    values, index, area = np.unique(labels.ravel(), return_inverse=True, return_counts=True)
-    if values.size and values[0] == 0:
-        return index - 1, area[1:]
-    return index, area
+Classes = npt.NDArray[np.integer]
 
 
 def panoptic_counts(truth: LabelMap, predicted: LabelMap, threshold: float = 0.5) -> Counts:
-    """Match instances whose IoU is above `threshold`; at 0.5 and more a match is unique by itself."""
-    if threshold < 0.5:
-        raise ValueError(f"below an IoU of 0.5 matches are ambiguous; threshold was {threshold}")
-    table = overlaps(truth, predicted)
-    iou = table.iou()
-    matched = iou > threshold
-    tp = int(matched.sum())
-    return Counts(tp, table.predicted_area.size - tp, table.truth_area.size - tp, float(iou[matched].sum()))
+    """Match the instances of two label maps whose IoU is above `threshold`; see `matches`."""
+    return count_matches(Contingency.of(truth, predicted), threshold)
 
 
 def binary_pq(truth: LabelMap, predicted: LabelMap, threshold: float = 0.5) -> float:
@@ -110,61 +45,97 @@ def binary_pq(truth: LabelMap, predicted: LabelMap, threshold: float = 0.5) -> f
     return panoptic_counts(truth, predicted, threshold).pq
 
 
-def centroids(labels: LabelMap) -> npt.NDArray[np.float64]:
-    """Centre of mass of each instance, (instances, axes), in ascending order of the label."""
-    positions = np.nonzero(labels)
-    if positions[0].size == 0:
-        return np.zeros((0, labels.ndim))
-    _, index, area = np.unique(labels[positions], return_inverse=True, return_counts=True)
-    return np.stack([np.bincount(index, axis) / area for axis in positions], axis=1)
+def matches(table: Contingency, threshold: float = 0.5) -> npt.NDArray[np.intp]:
+    """Indices of the table's pairs that match: one to one, IoU strictly above `threshold`.
 
-
-def detection_counts(truth: Points, predicted: Points, radius: float) -> Counts:
-    """Pair points one to one, at most `radius` apart, with the least total distance (Hungarian).
-
-    As many pairs as possible are made first, so that the result does not hang on which point is nearest to
-    which. Both arrays are (n, axes) in the same unit as `radius`. The overlap of the result is 0.
+    From 0.5 on, such pairs are unique by themselves (Kirillov et al., Panoptic Segmentation, section 4.1).
+    Below, the pairing of the greatest total IoU is taken and then cut at the threshold, as HoVer-Net does.
+    Raises UsageError WSI802 for a threshold outside [0, 1).
     """
-    tp = _pairs(np.asarray(truth, np.float64), np.asarray(predicted, np.float64), radius)
-    return Counts(tp, len(predicted) - tp, len(truth) - tp)
+    if not 0 <= threshold < 1:
+        raise UsageError("WSI802", f"an IoU threshold is at least 0 and below 1, got {threshold}")
+    iou = table.iou()
+    if threshold >= 0.5:
+        return np.flatnonzero(iou > threshold)
+    chosen = best_pairs(table.truth, table.predicted, -iou, 0.0)
+    return chosen[iou[chosen] > threshold]
 
 
-def detection_f1(truth: Points, predicted: Points, radius: float) -> float:
-    """F1 of `detection_counts`; NaN for two empty sets."""
-    return detection_counts(truth, predicted, radius).f1
+def count_matches(table: Contingency, threshold: float = 0.5) -> Counts:
+    """Counts of the pairs in `matches`, and of what they leave over."""
+    chosen = matches(table, threshold)
+    tp = chosen.size
+    overlap = float(table.iou()[chosen].sum())
+    return Counts(tp, table.predicted_ids.size - tp, table.truth_ids.size - tp, overlap)
 
 
-def _pairs(truth: npt.NDArray[np.float64], predicted: npt.NDArray[np.float64], radius: float) -> int:
-    """Number of pairs. Points that could pair form small clusters, and each is solved on its own."""
-    if len(truth) == 0 or len(predicted) == 0:
-        return 0
-    near = cKDTree(truth).sparse_distance_matrix(cKDTree(predicted), radius, output_type="coo_matrix")
-    rows, columns, distance = near.row, near.col, near.data
-    nodes = len(truth) + len(predicted)
-    graph = coo_array((np.ones(rows.size), (rows, columns + len(truth))), shape=(nodes, nodes))
-    cluster = connected_components(graph, directed=False)[1][rows]
-    order = np.argsort(cluster, kind="stable")
-    breaks = np.flatnonzero(np.diff(cluster[order])) + 1
-    total = 0
-    for edges in np.split(order, breaks):
-        if edges.size == 1:
-            total += 1
-        elif edges.size:
-            total += _assign(rows[edges], columns[edges], distance[edges], radius)
-    return total
+def class_counts(
+    table: Contingency,
+    truth_classes: Classes,
+    predicted_classes: Classes,
+    classes: Sequence[int],
+    threshold: float = 0.5,
+) -> tuple[Counts, ...]:
+    """Counts of each of `classes`, each as if the other classes were background.
+
+    `truth_classes` and `predicted_classes` hold the class of each of the table's objects, in the order of
+    `truth_ids` and `predicted_ids`. Raises UsageError WSI803 if their number is another.
+    """
+    for name, given, ids in (
+        ("truth", truth_classes, table.truth_ids),
+        ("prediction", predicted_classes, table.predicted_ids),
+    ):
+        if given.shape != ids.shape:
+            raise UsageError(
+                "WSI803", f"{name} has {ids.size} objects and {given.size} classes; give one for each object"
+            )
+    return tuple(
+        count_matches(table.select(truth_classes == c, predicted_classes == c), threshold) for c in classes
+    )
 
 
-def _assign(
-    rows: npt.NDArray[np.intp],
-    columns: npt.NDArray[np.intp],
-    distance: npt.NDArray[np.float64],
-    radius: float,
-) -> int:
-    """Pairs of one cluster: pairs out of reach cost more than any full set of pairs within reach."""
-    row_values, r = np.unique(rows, return_inverse=True)
-    column_values, c = np.unique(columns, return_inverse=True)
-    far = (radius + 1) * (min(row_values.size, column_values.size) + 1)
-    cost = np.full((row_values.size, column_values.size), far)
-    cost[r, c] = distance
-    chosen = linear_sum_assignment(cost)
-    return int((cost[chosen] < far).sum())
+def aji(table: Contingency) -> float:
+    """Aggregated Jaccard index (Kumar et al. 2017): each true object with the prediction of highest IoU.
+
+    A prediction may serve several true objects. What is left over on either side adds to the union. NaN for
+    two empty maps, where the published script fails.
+    """
+    if table.truth.size == 0:
+        return _aggregate(table, np.zeros(0, np.intp))
+    iou = table.iou()
+    # Per true object the first of its best pairs: pairs are sorted by (truth, predicted), and so ties go to
+    # the lowest label, as argmax would have it.
+    order = np.lexsort((table.predicted, -iou, table.truth))
+    first = np.flatnonzero(np.diff(table.truth[order], prepend=-1))
+    return _aggregate(table, order[first])
+
+
+def aji_plus(table: Contingency) -> float:
+    """AJI with one-to-one pairs of greatest total IoU (Graham et al. 2019); NaN for two empty maps."""
+    return _aggregate(table, best_pairs(table.truth, table.predicted, -table.iou(), 0.0))
+
+
+def _aggregate(table: Contingency, pairs: npt.NDArray[np.intp]) -> float:
+    """Shared pixels of the pairs, over their unions and all the objects in no pair."""
+    lone_truth = np.ones(table.truth_ids.size, bool)
+    lone_truth[table.truth[pairs]] = False
+    lone_predicted = np.ones(table.predicted_ids.size, bool)
+    lone_predicted[table.predicted[pairs]] = False
+    left = int(table.truth_area[lone_truth].sum()) + int(table.predicted_area[lone_predicted].sum())
+    return ratio(int(table.shared[pairs].sum()), int(table.union[pairs].sum()) + left)
+
+
+def ensemble_dice(table: Contingency) -> float:
+    """Dice over all overlapping pairs ("Dice 2" of HoVer-Net); NaN where no two objects overlap.
+
+    An object counts once for each of its partners, and not at all without one: kept for comparison with old
+    tables, not a metric to choose.
+    """
+    both = table.truth_area[table.truth] + table.predicted_area[table.predicted]
+    return ratio(2 * int(table.shared.sum()), int(both.sum()))
+
+
+def foreground_dice(table: Contingency) -> float:
+    """Dice of all objects' pixels against all objects' pixels ("Dice 1"); NaN for two empty maps."""
+    total = int(table.truth_area.sum()) + int(table.predicted_area.sum())
+    return ratio(2 * int(table.shared.sum()), total)

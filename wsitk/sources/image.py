@@ -15,7 +15,16 @@ from wsitk.errors import SourceError
 from wsitk.geometry import Region, Spacing
 from wsitk.sources.array import default_channels
 from wsitk.sources.base import Level, Reading, Source, SourceRef
-from wsitk.sources.files import MAX_WHOLE_BYTES, closed, file_identity, over_white, probe, reference, reopen
+from wsitk.sources.files import (
+    MAX_WHOLE_BYTES,
+    closed,
+    file_identity,
+    file_stamp,
+    over_white,
+    probe,
+    reference,
+    reopen,
+)
 from wsitk.sources.jpeg_check import jpeg_fault
 from wsitk.sources.spacing import explicit, judge
 
@@ -66,6 +75,10 @@ class ImageSource(Source):
     def identity(self) -> dict[str, Any]:
         """Return name, size and a sampled sha256 of the file."""
         return file_identity(self.name, [self._path])
+
+    def stamp(self) -> dict[str, Any]:
+        """Return the file's size and time."""
+        return file_stamp(self.name, [self._path])
 
     def close(self) -> None:
         """Free the pixels."""

@@ -24,6 +24,7 @@ from wsitk.sources.files import (
     closed,
     consistent_levels,
     file_identity,
+    file_stamp,
     make_levels,
     over_white,
     probe,
@@ -171,6 +172,12 @@ class OpenSlideSource(Source):
         from wsitk.sources.discover import companions
 
         return file_identity(self.name, companions(Path(self._path)))
+
+    def stamp(self) -> dict[str, Any]:
+        """Return size and times of those files."""
+        from wsitk.sources.discover import companions
+
+        return file_stamp(self.name, companions(Path(self._path)))
 
     def close(self) -> None:
         """Close the idle handles; one that is being read from closes when its read ends."""
