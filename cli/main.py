@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from wsitk import __version__
-from wsitk.cli import demo, doctor, info, models, qupath, run
+from wsitk.cli import demo, doctor, evaluate, info, models, qupath, run, split, verify
 from wsitk.errors import WsitkError
 
 __all__ = ["app", "main"]
@@ -40,10 +40,13 @@ def root(
 
 
 app.command("run")(run.run)
+app.command("evaluate")(evaluate.evaluate)
 app.command("demo")(demo.demo)
 app.command("info")(info.info)
 app.command("doctor")(doctor.doctor)
+app.command("verify")(verify.verify)
 app.add_typer(models.app, name="models")
+app.add_typer(split.app, name="split")
 app.add_typer(qupath.app, name="qupath")
 
 

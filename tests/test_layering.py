@@ -40,6 +40,7 @@ ORDER = (
     "writers",
     "card",
     "splits",
+    "evaluation",
     "record",
     "result",
     "contact_sheet",
@@ -55,7 +56,6 @@ ORDER = (
     "finish",
     "pipeline",
     "verify",
-    "evaluation",
     "training",
     "testing",
 )

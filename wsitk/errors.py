@@ -5,6 +5,7 @@
     │                     WSI8xx  evaluating and training                      exit 2
     │                     WSI9xx  data to learn from, and splits               exit 2
     ├── SourceError       WSI1xx  a file cannot be opened or read              exit 1
+    │                     WSI82x  of labels, to be compared                    exit 1
     │   └── SpacingError  WSI2xx  the pixel size is missing or absurd          exit 1
     ├── ModelError        WSI3xx  a model, a checkpoint or a device            exit 3
     ├── WorkError         WSI4xx  a piece of work failed                       exit 1
