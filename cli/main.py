@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from wsitk import __version__
-from wsitk.cli import demo, doctor, evaluate, info, models, qupath, run, split, verify
+from wsitk.cli import demo, doctor, evaluate, info, models, qupath, run, split, train, verify
 from wsitk.errors import WsitkError
 
 __all__ = ["app", "main"]
@@ -47,6 +47,7 @@ app.command("doctor")(doctor.doctor)
 app.command("verify")(verify.verify)
 app.add_typer(models.app, name="models")
 app.add_typer(split.app, name="split")
+app.add_typer(train.app, name="train")
 app.add_typer(qupath.app, name="qupath")
 
 

@@ -205,8 +205,8 @@ RANGE = {
     "SourceError": "[18]",
     "SpacingError": "2",
     "ModelError": "3",
-    "WorkError": "4",
-    "OutputError": "5",
+    "WorkError": "[48]",
+    "OutputError": "[58]",
 }
 
 

@@ -270,6 +270,16 @@ def test_closing_wakes_who_listens() -> None:
     assert heard.is_set()
 
 
+def test_closing_twice_is_closing_once() -> None:
+    reader = ReaderProcess(slot_bytes=1 << 16)
+    assert reader.call("dying:twice", 1) == 2
+    reader.close()
+    held = os.open(os.devnull, os.O_RDONLY)  # takes the number that the reader let go of
+    reader.close()
+    os.fstat(held)
+    os.close(held)
+
+
 def test_pixels_cross_unchanged() -> None:
     with ReaderProcess(slot_bytes=1 << 16) as reader:
         image = reader.image("dying:Fragile", (-1, -1))

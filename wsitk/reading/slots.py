@@ -62,9 +62,10 @@ class Slots:
         return np.ndarray(shape, dtype, self._memory, slot * self.size + offset)
 
     def close(self) -> None:
-        """Give the memory back."""
-        self._memory.close()
-        os.close(self._file)
+        """Give the memory back; doing so twice is once."""
+        if not self._memory.closed:
+            self._memory.close()
+            os.close(self._file)
 
 
 def _anonymous() -> int:

@@ -1,1 +1,1 @@
-"""How the default weights were made; run as `python -m wsitk.models.cellvit.training`."""
+"""Training CellViT: data, losses, and the task for `wsitk.training`; `run` is what `wsitk train cellvit` calls."""

@@ -1,0 +1,1 @@
+"""Training networks: one loop for every model, which knows none of them by name."""
