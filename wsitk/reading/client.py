@@ -111,6 +111,11 @@ class _Reader:
             for future in self._waiting.values():
                 future.set_exception(death)
 
+    @property
+    def peak_mib(self) -> float:
+        """Return the most memory it has held."""
+        return self._child.peak_mib
+
     def close(self) -> None:
         """End the process."""
         self._child.close()
@@ -141,6 +146,12 @@ class ReaderProcess:
         self._gate = _Gate()
         self._lock = threading.Lock()
         self._reader: _Reader | None = None
+        self._peak = 0.0
+
+    @property
+    def peak_mib(self) -> float:
+        """Return the most memory that any of its lives has held, in MiB."""
+        return max(self._peak, self._reader.peak_mib if self._reader else 0.0)
 
     @property
     def pid(self) -> int:
@@ -192,6 +203,7 @@ class ReaderProcess:
     def _replace(self, dead: _Reader, death: Death) -> None:
         with self._lock:
             if self._reader is dead:
+                self._peak = max(self._peak, death.peak_mib)
                 self._reader = None
                 self._on_death(death)
 
@@ -200,6 +212,7 @@ class ReaderProcess:
         with self._lock:
             if self._reader is not None:
                 self._reader.close()
+                self._peak = max(self._peak, self._reader.peak_mib)
             self._reader = None
         self._slots.close()
 
