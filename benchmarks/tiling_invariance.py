@@ -21,7 +21,7 @@ import wsitk
 from wsitk.geometry import Region
 from wsitk.grid import TileGrid
 
-GRIDS = ((768, 64), (512, 64), (1024, 128))
+GRIDS = ((1536, 128), (1024, 128), (2048, 256))
 """Tile and halo: seams at different places, and different lattice origins."""
 
 BAND = 16

@@ -23,20 +23,31 @@ def card_text(card: Card, verified: bool | None) -> str:
 
 def _head(card: Card, verified: bool | None) -> list[str]:
     content = card.content
-    said = {True: "verified", False: "NOT THE ONE ON DISK", None: "not verified: the file is not there"}
-    size = f"{content['weights']}, {content['size_bytes'] / 1e6:.1f} MB, {content['parameters']:,} parameters"
+    spacing = f"{content['spacing_um']} µm" if "spacing_um" in content else "any"
     return [
         f"{card.name} {card.version}",
         *_item("", content["summary"], indent=0),
         *_item("use", content["use"]),
         *_item("classes", ", ".join(c["name"] for c in content["classes"])),
-        *_item("pixel size", f"{content['spacing_um']} µm"),
+        *_item("pixel size", spacing),
         *_item("licence", f"{content['licence']}; data: {content['data_licence']}"),
         *_item("cite", content.get("cite", content["paper"])),
         *(_item("paper", content["paper"]) if "cite" in content else []),
-        *_item("weights", size),
-        *_item("sha256", f"{card.sha256}, {said[verified]}"),
+        *_weights(card, verified),
     ]
+
+
+def _weights(card: Card, verified: bool | None) -> list[str]:
+    """Return what is said of the weights: those beside the card, or where others publish them."""
+    content = card.content
+    parameters = f"{content['parameters']:,} parameters"
+    if not card.shipped:
+        official = content["official"]
+        where = f"{official['file']}; {parameters}; not shipped: {official['link']}"
+        return [*_item("weights", where), *_item("", official.get("note", ""))]
+    said = {True: "verified", False: "NOT THE ONE ON DISK", None: "not verified: the file is not there"}
+    size = f"{content['weights']}, {content['size_bytes'] / 1e6:.1f} MB, {parameters}"
+    return [*_item("weights", size), *_item("sha256", f"{card.sha256}, {said[verified]}")]
 
 
 def _sections(card: Card) -> Iterator[list[str]]:

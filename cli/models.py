@@ -1,4 +1,4 @@
-"""`wsitk models list|show|check`: what can be run, under which licence, and whether a file is sound."""
+"""`wsitk models list|show|check|convert`: what can be run, under which licence, and whether a file is sound."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from wsitk.cli.models_convert import convert
 from wsitk.errors import ModelError
 
 if TYPE_CHECKING:
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(help="List, show and check models.", no_args_is_help=True)
+app = typer.Typer(help="List, show, check and convert models.", no_args_is_help=True)
+app.command("convert")(convert)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Name = Annotated[str, typer.Argument(help="A model's name or a checkpoint file.")]

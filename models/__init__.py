@@ -8,8 +8,20 @@ BUILTIN: dict[str, str] = {
     "cellvit": "wsitk.models.cellvit.model:default_model",
     "cellvit-256": "wsitk.models.cellvit.model:cellvit_256",
     "cellvit-sam-h": "wsitk.models.cellvit.model:cellvit_sam_h",
+    "pet-ct-annotate": "wsitk.models.pet_ct_annotate.model:pet_ct_annotate",
+    "pet-ct-annotate-proposals": "wsitk.models.pet_ct_annotate.model:proposals",
+    "stunet-small": "wsitk.models.stunet.model:stunet_small",
+    "stunet-base": "wsitk.models.stunet.model:stunet_base",
+    "stunet-large": "wsitk.models.stunet.model:stunet_large",
+    "stunet-huge": "wsitk.models.stunet.model:stunet_huge",
 }
 
-CHECKPOINT_READERS: tuple[str, ...] = ("wsitk.models.cellvit.model:from_checkpoint",)
+CHECKPOINT_READERS: tuple[str, ...] = (
+    "wsitk.models.cellvit.model:from_checkpoint",
+    "wsitk.models.stunet.model:from_checkpoint",
+)
 
-FOLDER_READERS: tuple[str, ...] = ("wsitk.models.cellvit.folder:from_folder",)
+FOLDER_READERS: tuple[str, ...] = (
+    "wsitk.models.cellvit.folder:from_folder",
+    "wsitk.models.nnunet.folder:from_folder",
+)

@@ -37,8 +37,12 @@ def changed(**fields: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("path", CARDS, ids=lambda p: p.parent.name)
 def test_every_card_that_ships_is_whole_and_describes_its_weights(path: Path) -> None:
     card = read_card(path)
-    assert card.verified() is True
-    assert card.weights.stat().st_size == card.content["size_bytes"]
+    if card.shipped:
+        assert card.verified() is True
+        assert card.weights.stat().st_size == card.content["size_bytes"]
+    else:
+        assert "http" in card.content["official"]["link"]
+        assert card.verified() is None
 
 
 def test_there_are_cards_and_the_page_shows_a_right_one_with_every_field() -> None:

@@ -6,7 +6,6 @@ import tomllib
 from itertools import combinations
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import shapely
@@ -25,10 +24,9 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def tissue(side: int) -> np.ndarray:
-    """Return real H&E (side, side, 3) at about 0.5 µm: a patch and its mirror images."""
+    """Return real H&E (side, side, 3) at about 0.25 µm: a patch and its mirror images."""
     patch = np.asarray(Image.open(GOLDEN / "he_256.png").convert("RGB"))
-    patch = cv2.resize(patch, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
-    return np.pad(patch, [(0, side - 128), (0, side - 128), (0, 0)], mode="symmetric")
+    return np.pad(patch, [(0, side - 256), (0, side - 256), (0, 0)], mode="symmetric")
 
 
 def test_the_weights_are_those_of_the_card_and_small() -> None:
@@ -58,11 +56,11 @@ def test_other_weights_than_the_card_names_are_refused(monkeypatch: pytest.Monke
 def test_a_shift_by_the_lattice_shifts_the_maps() -> None:
     """What makes seams invisible: away from the tile's border only the content counts, not its place."""
     model = wsitk.load_model("cellvit")
-    image = torch.from_numpy(np.moveaxis(tissue(640 + LATTICE), -1, 0)[None].copy())
+    image = torch.from_numpy(np.moveaxis(tissue(1280 + LATTICE), -1, 0)[None].copy())
     with torch.inference_mode():
-        first = model.predict(image[..., :640, :640])["nuclei"]
-        second = model.predict(image[..., LATTICE : 640 + LATTICE, LATTICE : 640 + LATTICE])["nuclei"]
-    inner = first[..., 256:512, 256:512] - second[..., 128:384, 128:384]
+        first = model.predict(image[..., :1280, :1280])["nuclei"]
+        second = model.predict(image[..., LATTICE : 1280 + LATTICE, LATTICE : 1280 + LATTICE])["nuclei"]
+    inner = first[..., 512:1024, 512:1024] - second[..., 256:768, 256:768]
     assert inner.abs().mean() < 1e-3
 
 
@@ -70,7 +68,7 @@ def test_three_grids_find_the_same_nuclei_in_a_real_slide(data: Path, tmp_path: 
     model = wsitk.load_model("cellvit")
     slide = data / "data" / "wsi" / "cmu-1-small-region.svs"
     found = []
-    for tile, halo in ((512, 64), (640, 64), (512, 128)):
+    for tile, halo in ((1024, 128), (1280, 128), (1024, 256)):
         out = tmp_path / f"{tile}-{halo}"
         plain = {"maps": False, "geojson": False, "preview": False, "roi": (500, 900, 900, 900)}
         found.append(wsitk.run(model, slide, out=out, tile=tile, halo=halo, **plain).objects)

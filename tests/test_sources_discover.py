@@ -207,16 +207,22 @@ def test_a_dicom_series_is_one_input(tmp_path: Path) -> None:
     label = "ORIGINAL\\PRIMARY\\LABEL\\NONE"
     for name, data in {
         "s/0.dcm": dicom("1.1", image_type=label), "s/1.dcm": dicom("1.1"), "s/2.dcm": dicom("1.1"),
-        "t/b.dcm": dicom("1.2"), "t/a.dcm": dicom("1.2"), "t/c": dicom("1.3"), "t/ct.dcm": dicom("1.4", sop=CT_STORAGE),
+        "t/b.dcm": dicom("1.2"), "t/a.dcm": dicom("1.2"), "t/c": dicom("1.3"),
+        "t/ct.dcm": dicom("1.4", sop=CT_STORAGE),
+        "t/sr.dcm": dicom("1.6", sop=CT_STORAGE[:-1] + "88.22"),
         "u/x.dcm": dicom("1.5"), "u/sub/y.svs": b"x",
     }.items():  # fmt: skip
         touch(tmp_path, name, content=data)
     found = expand_inputs([tmp_path])
     assert [(i.name, i.path.name) for i in found.items] == [
-        ("s", "1.dcm"), ("t/a.dcm", "a.dcm"), ("t/c", "c"), ("u/sub/y.svs", "y.svs"), ("u/x.dcm", "x.dcm"),
+        ("s", "1.dcm"), ("t/a.dcm", "a.dcm"), ("t/c", "c"), ("t/ct.dcm", "ct.dcm"),
+        ("u/sub/y.svs", "y.svs"), ("u/x.dcm", "x.dcm"),
     ]  # fmt: skip
-    assert dict(found.skipped) == {"DICOM, but not a slide": 1, "further files of a DICOM series": 3}
+    assert dict(found.skipped) == {
+        "DICOM, but no image that is read": 1,
+        "further files of a DICOM series": 3,
+    }
     assert names(tmp_path / "s") == ["s"]
-    assert names(tmp_path / "t" / "ct.dcm") == ["ct.dcm"]
+    assert names(tmp_path / "t" / "ct.dcm") == ["t"]
     assert sorted(p.name for p in companions(tmp_path / "s" / "1.dcm")) == ["0.dcm", "1.dcm", "2.dcm"]
     assert companions(tmp_path / "s" / "1.dcm")[0].name == "1.dcm"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, final
 
 import numpy as np
@@ -15,10 +16,12 @@ from numpy.typing import NDArray
 from wsitk.errors import WorkError
 from wsitk.geometry import Region
 from wsitk.grid import Tile, TileGrid
-from wsitk.model import ModelSpec, TileResult
+from wsitk.model import FieldSpec, ModelSpec, TileResult
 from wsitk.objects import ObjectTable
 from wsitk.sources.base import SourceRef
+from wsitk.sources.view import View
 from wsitk.stitch.fields import FieldStitcher
+from wsitk.stitch.labels import Canvas, LabelStitcher
 from wsitk.stitch.objects import select
 
 __all__ = ["BlockError", "BlockReport", "BlockTask", "OpenBlock", "TileStatus"]
@@ -30,7 +33,8 @@ STAGES = ("read", "predict", "postprocess")
 class BlockTask:
     """One block of one input: what to read, which of its tiles to run, and which journal takes it.
 
-    `band` is how near to a seam (working pixels) objects are compared; `image` the whole image.
+    `band` is how near to a seam (working pixels) objects are compared; `image` the whole image. `view` is how
+    the model sees the input, if that had to be found out; `canvas` where labels are painted, if there are any.
     """
 
     input: str
@@ -40,6 +44,8 @@ class BlockTask:
     tiles: tuple[int, ...]
     band: int
     image: Region
+    view: View | None = None
+    canvas: Canvas | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,25 +85,63 @@ class BlockError(WorkError):
 
 @final
 class OpenBlock:
-    """A block whose tiles are on their way; takes them in tile order."""
+    """A block whose tiles are on their way; takes them in tile order.
 
-    def __init__(self, task: BlockTask, spec: ModelSpec) -> None:
+    Labels of a volume are joined over blocks, which are its layers: a block that comes right after `before`, and is
+    complete before this one's first tile, goes on with what that left. Otherwise `again` names the tiles of earlier
+    layers that must come first. `scratch` is the folder for files without a name.
+    """
+
+    def __init__(
+        self,
+        task: BlockTask,
+        spec: ModelSpec,
+        *,
+        before: OpenBlock | None = None,
+        scratch: Path | None = None,
+    ) -> None:
         self.task = task
         self.seconds = dict.fromkeys(STAGES, 0.0)
         self._spec = spec
-        self._waiting = len(task.tiles)
         self._objects = [ObjectTable.empty(spec.ndim, spec.object_columns)]
         self._statuses: list[TileStatus] = []
         self._foreground: list[float] = []
         block = task.grid.block_at(task.block)
         self._stitchers = {
-            f.name: FieldStitcher(task.grid, block, f, frame=task.image) for f in spec.fields
+            f.name: FieldStitcher(task.grid, block, f, frame=task.image)
+            for f in spec.fields
+            if f not in spec.labels
         }
+        follows = before is not None and before.precedes(task)
+        self._labels: dict[str, LabelStitcher] = (
+            before._labels if before is not None and follows else self._fresh(scratch)
+        )
+        self.again: tuple[int, ...] = () if follows else self._earlier()
+        self._waiting = len(task.tiles) + len(self.again)
         for index in sorted({*block.tiles} - {*task.tiles}):
             self._skip(task.grid[index])
 
     def __str__(self) -> str:
         return f"{self.task.input} block {self.task.block}"
+
+    def precedes(self, task: BlockTask) -> bool:
+        """Tell whether a task goes on where this one ends."""
+        mine = self.task
+        return (mine.input, mine.block + 1, mine.canvas) == (task.input, task.block, task.canvas)
+
+    def _fresh(self, scratch: Path | None) -> dict[str, LabelStitcher]:
+        task = self.task
+        return {
+            f.name: LabelStitcher(
+                task.grid, f, _canvas(task, f), first=task.block, frame=task.image, folder=scratch
+            )
+            for f in self._spec.labels
+        }
+
+    def _earlier(self) -> tuple[int, ...]:
+        """Return the tiles of earlier layers that reach into this one's rows."""
+        layers = {k for stitcher in self._labels.values() for k in stitcher.layers.before(self.task.block)}
+        return tuple(i for k in sorted(layers) for i in self.task.grid.block_at(k).tiles)
 
     @property
     def complete(self) -> bool:
@@ -107,6 +151,13 @@ class OpenBlock:
     def add(self, tile: Tile, status: TileStatus, result: TileResult | None) -> None:
         """Take a tile: its status, and its result if there is one."""
         self._waiting -= 1
+        for name, labels in self._labels.items():
+            if result is None:
+                labels.skip(tile)
+            else:
+                labels.add(tile, result.scores[name] if name in result.scores else result.fields[name])
+        if tile.index in self.again:
+            return
         self._statuses.append(status)
         if result is None:
             self._skip(tile)
@@ -123,13 +174,16 @@ class OpenBlock:
             return result
         task = self.task
         kept = select(result.objects, tile, task.grid, task.band, image=task.image)
-        return TileResult(kept, result.fields)
+        return TileResult(kept, result.fields, result.scores)
 
     def contents(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Return what the journal keeps of a complete block: arrays, and the commit record."""
         arrays: dict[str, NDArray[Any]] = {}
         for name, stitcher in self._stitchers.items():
             arrays |= {f"field:{name}:{k}": v for k, v in stitcher.finalize().to_arrays().items()}
+        for name, labels in self._labels.items():
+            part = labels.finish(self.task.block).to_arrays()
+            arrays |= {f"labels:{name}:{k}": v for k, v in part.items()}
         table = ObjectTable.concat(self._objects)
         if self._spec.objects:
             arrays |= {f"objects:{k}": v for k, v in table.to_arrays().items()}
@@ -144,6 +198,18 @@ class OpenBlock:
         """Return what is said of the block once it is committed."""
         return BlockReport(self.task.input, self.task.block, tuple(self._statuses), objects, self.seconds)
 
+    def release(self) -> None:
+        """Let go of scratch files; the next block can't follow then."""
+        for labels in self._labels.values():
+            labels.close()
+
     def _skip(self, tile: Tile) -> None:
         for stitcher in self._stitchers.values():
             stitcher.skip(tile)
+
+
+def _canvas(task: BlockTask, spec: FieldSpec) -> Canvas:
+    """Return where the labels of a task are painted."""
+    if task.canvas is None:
+        raise ValueError(f"the task of a model with labels ({spec.name}) has no canvas")
+    return task.canvas

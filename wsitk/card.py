@@ -41,8 +41,13 @@ class Card:
         return str(self.content["version"])
 
     @property
+    def shipped(self) -> bool:
+        """Tell whether the weights come with the card; else ``official`` says where they are."""
+        return "weights" in self.content
+
+    @property
     def weights(self) -> Path:
-        """Return the path of the weights, which lie below the card's folder."""
+        """Return the path of the weights, which lie below the card's folder if they are `shipped`."""
         return self.path.parent / str(self.content["weights"])
 
     @property
@@ -51,7 +56,8 @@ class Card:
 
     def verified(self) -> bool | None:
         """Return whether the weights are those that the card describes; None if they are not there."""
-        return sha256_file(self.weights) == self.sha256 if self.weights.is_file() else None
+        there = self.shipped and self.weights.is_file()
+        return sha256_file(self.weights) == self.sha256 if there else None
 
 
 def read_card(path: str | Path) -> Card:
@@ -90,7 +96,11 @@ def write_card(path: str | Path, content: Mapping[str, Any], *, overwrite: bool 
 
 def card_problems(content: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with a card's content, field by field; empty if nothing is."""
-    return list(_fields(content, MANDATORY, OPTIONAL, ""))
+    if "official" not in content:
+        return list(_fields(content, MANDATORY, OPTIONAL, ""))
+    mandatory = {k: v for k, v in MANDATORY.items() if k not in OF_SHIPPED}
+    optional = {**OPTIONAL, "spacing_um": MANDATORY["spacing_um"], "official": _official}
+    return list(_fields(content, mandatory, optional, ""))
 
 
 def _refusal(path: Path, problems: list[str]) -> ModelError:
@@ -235,6 +245,11 @@ def _each(value: Any) -> str | None:
 
 
 _TEXT = {"name": _text, "licence": _text}
+
+OF_SHIPPED = ("weights", "sha256", "size_bytes", "spacing_um")
+"""What a card need not say whose weights are others' to publish: its ``official`` says where they are."""
+
+_official = partial(_table, mandatory={"file": _text, "link": _text}, optional={"note": _text})
 
 MANDATORY: Mapping[str, Check] = {
     "name": _text,

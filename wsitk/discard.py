@@ -23,6 +23,8 @@ RESULTS = (
     "objects.parquet",
     "objects.geojson.gz",
     "maps.ome.zarr",
+    "labels.ome.zarr",
+    "labels.nii.gz",
     "tiles.parquet",
     "preview.png",
     "provenance.json",

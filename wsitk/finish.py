@@ -19,6 +19,7 @@ from wsitk.density import DensityMap
 from wsitk.errors import ModelError
 from wsitk.geometry import Region
 from wsitk.journal import Journal
+from wsitk.label_results import label_merger, write_labels
 from wsitk.model import FieldSpec, ModelSpec
 from wsitk.objects import ObjectTable
 from wsitk.plan import Plan
@@ -26,6 +27,7 @@ from wsitk.polygons import rings, shapes, to_shapely
 from wsitk.record import provenance
 from wsitk.settings import Settings
 from wsitk.stitch.fields import FieldMerger, FieldPart
+from wsitk.stitch.labels import LabelPart
 from wsitk.stitch.objects import merge_objects
 from wsitk.writers.geojson import write_geojson
 from wsitk.writers.ids import id_namespace, object_ids
@@ -90,7 +92,12 @@ def finish(
         counts = _write_objects(plan, spec, journal, committed, folder, lost, density)
         if settings.geojson and spec.ndim == 2:
             view = _write_geojson(plan, spec, folder, [plan.level0(r) for r in lost])
-    if settings.maps and spec.fields:
+    volumes = {}
+    if spec.labels:
+        load = _loader(journal, committed, f"labels:{spec.labels[0].name}:", LabelPart.from_arrays)
+        volumes = write_labels(plan, spec, label_merger(plan, spec.labels[0], load), folder)
+        counts = counts or {name: facts["voxels"] for name, facts in volumes.items()}
+    if settings.maps and _map_fields(spec):
         _write_maps(plan, spec, journal, committed, folder, density if spec.objects else None)
     write_ledger(
         folder / "tiles.parquet",
@@ -98,11 +105,14 @@ def finish(
         ledger.status,
         plan.scale,
         reasons=ledger.reasons,
+        offset=plan.offset,
         overwrite=True,
     )
     if settings.preview and spec.objects and spec.ndim == 2 and spec.channels == 3:
         _draw(plan, spec, folder, look, ledger)
     body = _body(plan, spec, ledger, counts) | {"geojson": view}
+    if volumes:
+        body["labels"] = volumes
     record = provenance(folder, body)
     journal.complete(record)
     return record
@@ -126,6 +136,7 @@ def _body(plan: Plan, spec: ModelSpec, ledger: Ledger, counts: Mapping[str, int]
         "objects": dict(counts),
         "remark": _remark(plan, spec, ledger, counts),
         "warnings": list(plan.warnings),
+        **({"view": plan.view.as_json()} if plan.view else {}),
     }
 
 
@@ -253,31 +264,39 @@ def _write_maps(
     density: DensityMap | None,
 ) -> None:
     """Write every field, and the density of objects, as channels of `maps.ome.zarr`."""
-    if len({f.dtype for f in spec.fields}) > 1:
+    fields = _map_fields(spec)
+    if len({f.dtype for f in fields}) > 1:
         raise ModelError("WSI335", f"the fields of {spec.name} differ in dtype; give all of them the same")
     mergers = [
         FieldMerger(plan.grid, f, _loader(journal, committed, f"field:{f.name}:", FieldPart.from_arrays))
-        for f in spec.fields
+        for f in fields
     ]
-    channels = [c for f in spec.fields for c in _channels(f, spec)]
+    channels = [c for f in fields for c in _channels(f, spec)]
     notes: dict[str, Any] = {"model": spec.name, "uint8": "0 to 255 stands for 0 to 1"}
-    with_density = density is not None and spec.ndim == 2 and spec.fields[0].dtype != "float32"
+    with_density = density is not None and spec.ndim == 2 and fields[0].dtype != "float32"
     if density is not None and with_density:
         density.freeze()
         channels.append(MapChannel("Density", (255, 255, 255)))
         notes["density"] = {"full_scale_per_mm2": density.full_scale_per_mm2, "sigma_um": density.sigma_um}
-    offset = zip(plan.grid.extent.start, plan.spacing_um, strict=True)
+    level0 = plan.spacing.um if plan.spacing else (1.0,) * spec.ndim
+    corner = tuple(o * um for o, um in zip(plan.offset, level0, strict=True))
+    offset = zip(plan.grid.extent.start, plan.spacing_um, corner, strict=True)
     write_maps(
         folder / "maps.ome.zarr",
         plan.grid.extent.shape,
-        spec.fields[0].dtype,
+        fields[0].dtype,
         channels,
         plan.spacing_um,
-        tuple((a + 0.5) * um for a, um in offset),
+        tuple((a + 0.5) * um + c for a, um, c in offset),
         _Stack(mergers, plan.grid.extent.start, density if with_density else None).read,
         notes=notes,
         overwrite=True,
     )
+
+
+def _map_fields(spec: ModelSpec) -> list[FieldSpec]:
+    """Return the dense outputs that are maps; labels of volumes have files of their own."""
+    return [f for f in spec.fields if f not in spec.labels]
 
 
 def _channels(spec: FieldSpec, model: ModelSpec) -> list[MapChannel]:

@@ -238,5 +238,6 @@ def _even_starts(size: int, tile: int, step: float) -> list[int]:
     room = size - tile
     if room <= 0:
         return [-(-room // 2)]
-    count = ceil(room / (tile * step)) + 1
-    return [round(k * room / (count - 1)) for k in range(count)]
+    intervals = ceil(room / (tile * step))
+    apart = room / intervals  # rounded before it is multiplied, as nnU-Net does: that decides some ties
+    return [round(k * apart) for k in range(intervals + 1)]

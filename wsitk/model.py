@@ -9,18 +9,29 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from wsitk.errors import ModelError
 from wsitk.grid import Tile
 from wsitk.objects import ObjectTable
+from wsitk.volumes.nnunet_rules import IntensityRule
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ObjectClass", "FieldSpec", "Licences", "ModelSpec", "TileResult", "TileModel"]
+__all__ = [
+    "ChunkedModel",
+    "FieldSpec",
+    "Licences",
+    "ModelSpec",
+    "ObjectClass",
+    "Scores",
+    "TileModel",
+    "TileResult",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +46,14 @@ class ObjectClass:
 class FieldSpec:
     """A dense output.
 
-    `reduction` says how overlapping tiles are joined: ``mean`` weighs predictions by `window`
-    (``ramp``, ``hann``, ``flat``, ``crop`` or ``gaussian``), ``argmax`` joins as ``mean`` and keeps the winning channel
-    only. `dtype` is what is stored; ``uint8`` stands for 0..1 in steps of 1/255.
+    `reduction` says how overlapping tiles are joined: ``mean`` weighs predictions by `window` (``ramp``,
+    ``hann``, ``flat``, ``crop`` or ``gaussian``), ``argmax`` joins as ``mean`` and keeps the winning channel
+    only. `dtype` is what is stored; ``uint8`` stands for 0..1 in steps of 1/255, or for a label.
+
+    Labels of a volume come back to the input's own grid: `restore` is how, the scores ``linear`` before the
+    winner is taken, or ``nearest``. Where `regions` is not empty, channels may overlap: each writes its label of
+    `regions` where its score is above `threshold`, later ones over earlier ones, 0 where there is none.
+    `activation` is for a `ChunkedModel`: what turns its head's scores into what is joined.
     """
 
     name: str
@@ -46,6 +62,31 @@ class FieldSpec:
     reduction: Literal["mean", "argmax"] = "mean"
     window: Literal["ramp", "hann", "flat", "crop", "gaussian"] = "ramp"
     dtype: Literal["uint8", "uint16", "float32"] = "uint8"
+    restore: Literal["linear", "nearest"] = "linear"
+    regions: tuple[int, ...] = ()
+    threshold: float = 0.5
+    activation: Literal["", "softmax"] = ""
+
+    def check(self) -> None:
+        """Raise ModelError (WSI337) if the labels have no room in `dtype`, or regions no channel each."""
+        if self.reduction != "argmax":
+            return
+        top = max(self.regions, default=len(self.channels) - 1)
+        if (
+            self.dtype == "float32"
+            or top > np.iinfo(self.dtype).max
+            or len(self.regions)
+            not in (
+                0,
+                len(self.channels),
+            )
+        ):
+            raise ModelError(
+                "WSI337",
+                f"field {self.name!r} has {len(self.channels)} channels, {len(self.regions)} regions and labels up "
+                f"to {top} in {self.dtype}; give it uint8 or uint16, whichever holds them, and a region for each "
+                "channel or none",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +114,22 @@ class ModelSpec:
     tile, halo, align
         Default read window and margin in working pixels, and the period of the network's inner windows
         (tiles start at multiples of it, so that every grid sees the same partition).
+    step
+        At most so many tiles apart do windows begin, spread evenly and inside the image (nnU-Net's rule); 0
+        lays tiles on a lattice with `halo` between them. With a step the halo is zero.
     channels, dtype
         Number (3 = RGB) and type of the channels it reads; an empty `dtype` takes any.
+    interpolation
+        How the input comes to `spacing`: ``area`` means (slides), or ``cubic`` splines through voxel centres,
+        slice by slice where voxels are much longer along one axis (nnU-Net's rule; tiles are float32 then).
+    crop
+        Whether what is zero around the input is left out before all else.
+    normalise, normalise_first
+        What becomes of intensities: a rule for all channels, or one for each; tiles are float32 then. Their
+        moments are taken over the whole (cropped) input, of the resampled one unless `normalise_first`.
     border, fill
-        How the source pads beyond the image: ``reflect``, ``constant`` (with `fill`) or ``clip``.
+        How the source pads beyond the image: ``reflect``, ``constant`` (with `fill`, in normalised units) or
+        ``clip``.
     fields, objects, classes
         Dense outputs, whether it finds objects, and the object classes.
     object_columns
@@ -99,7 +152,12 @@ class ModelSpec:
     dtype: str = "uint8"
     spacing_tolerance: float = 0.05
     border: Literal["reflect", "constant", "clip"] = "reflect"
-    fill: int = 255
+    fill: float = 255
+    step: float = 0.0
+    interpolation: Literal["area", "cubic"] = "area"
+    crop: bool = False
+    normalise: tuple[IntensityRule, ...] = ()
+    normalise_first: bool = False
     fields: tuple[FieldSpec, ...] = ()
     objects: bool = False
     classes: tuple[ObjectClass, ...] = ()
@@ -112,19 +170,62 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if len({len(self.tile), len(self.halo), len(self.align)}) != 1:
             raise ValueError(f"tile {self.tile}, halo {self.halo} and align {self.align} differ in length")
+        if self.step and (any(self.halo) or not 0 < self.step <= 1):
+            raise ValueError(f"a step lies in 0 .. 1 and has no halo; got step {self.step}, halo {self.halo}")
+        if self.normalise and len(self.normalise) not in (1, self.channels):
+            raise ValueError(f"{len(self.normalise)} rules of intensity for {self.channels} channels")
+        if self.viewed and self.spacing is not None and self.interpolation == "area":
+            raise ModelError(
+                "WSI339",
+                f"{self.name} crops or normalises its input and wants a spacing, which area means don't give; set "
+                "interpolation to 'cubic'",
+            )
+        for dense in self.fields:
+            dense.check()
+        if len(self.labels) > 1:
+            names = ", ".join(f.name for f in self.labels)
+            raise ModelError(
+                "WSI338", f"{self.name} has {len(self.labels)} fields of labels ({names}); join them into one"
+            )
 
     @property
     def ndim(self) -> int:
         """Return the number of spatial axes."""
         return len(self.tile)
 
+    @property
+    def viewed(self) -> bool:
+        """Tell whether the whole input must be looked at before its first tile can be read."""
+        return self.crop or bool(self.normalise) or self.interpolation == "cubic"
+
+    @property
+    def labels(self) -> tuple[FieldSpec, ...]:
+        """Return the dense outputs of a volume that become labels on the input's own grid."""
+        return tuple(f for f in self.fields if f.reduction == "argmax" and self.ndim == 3)
+
+    @property
+    def tile_dtype(self) -> str:
+        """Return the type of the tiles that the network gets; empty if that is the input's own."""
+        return "float32" if self.viewed and (self.normalise or self.interpolation == "cubic") else self.dtype
+
+
+class Scores(Protocol):
+    """A field of one tile that is computed a few channels at a time, so that its size never matters."""
+
+    def __call__(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Return channels start .. stop - 1 over the read window: (stop - start, *tile)."""
+
 
 @dataclass(frozen=True)
 class TileResult:
-    """What one tile gave: objects on the working grid, and fields of the read window (C, *tile)."""
+    """What one tile gave: objects on the working grid, and fields of the read window (C, *tile).
+
+    `scores` are fields of labels that are computed when they are asked for.
+    """
 
     objects: ObjectTable | None = None
     fields: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    scores: Mapping[str, Scores] = field(default_factory=dict)
 
 
 class TileModel(ABC):
@@ -152,3 +253,31 @@ class TileModel(ABC):
         Objects are given in working-grid coordinates (``tile.read.start`` added). The engine drops what
         the tile does not answer for.
         """
+
+
+class ChunkedModel(TileModel):
+    """A model of labels whose many classes are computed a few at a time, from features that `predict` returns.
+
+    For volumes: `predict` returns features, of any number of channels, and the engine asks `head` for as many
+    classes as fit into a fixed amount of memory, twice where the field's activation is ``softmax``: once for its
+    denominator. All of `spec.fields` must be labels (``argmax``); `postprocess` is not called.
+
+    `views` is how many predictions of a tile are averaged: 8 under mirroring along three axes, whose features
+    (turned back, where that is the same) lie on an axis before the classes. A head that is linear, and whose
+    scores are averaged without activation, needs one view only: the mean of the features.
+    """
+
+    views: int = 1
+
+    @abstractmethod
+    def head(self, features: Mapping[str, torch.Tensor], name: str, start: int, stop: int) -> torch.Tensor:
+        """Return scores (views, stop - start, *tile) of channels start .. stop - 1 of field `name`.
+
+        `features` is what `predict` returned for one tile, with a batch axis of one. What a channel holds must
+        not depend on which others are asked for, but for the last bits.
+        """
+
+    @final
+    def postprocess(self, outputs: Mapping[str, NDArray[Any]], tile: Tile) -> TileResult:
+        """Raise: fields are made by `head`."""
+        raise NotImplementedError("a chunked model's fields are computed by its head")

@@ -7,7 +7,7 @@ from typing import Any
 
 from wsitk.errors import SourceError, WorkError, WsitkError
 from wsitk.plan import Plan
-from wsitk.record import InputRow, peak_memory_mib
+from wsitk.record import InputRow
 
 __all__ = ["done_row", "exit_code", "failed_row", "known_error"]
 

@@ -148,7 +148,7 @@ class Runner:
                 on_death=self._mourn,
             )
         loaded = load_model(model.name, **model.options) if isinstance(model, ModelRef) else model
-        return WorkHere(loaded, self._settings, self._out, lambda ref: self._planner.tiles(ref))
+        return WorkHere(loaded, self._settings, self._out, lambda task: self._planner.tiles(task))
 
     def close(self) -> None:
         """End the processes that read and compute."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 import wsitk
 from wsitk.blocks import BlockTask
 from wsitk.errors import ModelError, SourceError, UsageError
+from wsitk.frame import Frame
 from wsitk.geometry import Region, Spacing
 from wsitk.grid import TileGrid
 from wsitk.model import ModelSpec
@@ -23,7 +24,10 @@ from wsitk.settings import Settings
 from wsitk.sources import Origin, borrowed, open_source
 from wsitk.sources.base import Source, SourceRef
 from wsitk.sources.spacing import require_spacing
+from wsitk.sources.view import View, ViewRules
+from wsitk.sources.volume_grid import VolumeGrid, view_of
 from wsitk.sources.working import WorkingImage
+from wsitk.stitch.labels import Canvas
 from wsitk.tissue import TissueMask, everywhere, find_tissue, from_geojson, thumbnail
 
 __all__ = ["Plan", "make_plan", "plan_input", "resolve_spec", "stamp_of", "tile_image", "working_image"]
@@ -35,7 +39,9 @@ class Plan:
 
     `spacing` is that of level 0 (None where the model takes any and the file says nothing), `scale` the
     number of level-0 pixels per working pixel. `active` holds, for each tile of the grid, whether it is
-    worth reading; `stamp` size and times of the input's files, None for what is no file.
+    worth reading; `stamp` size and times of the input's files, None for what is no file. `view` is how the model
+    sees the input, where the whole of it had to be looked at for that; `canvas` where labels are painted, if
+    there are any; `shape` the input's at level 0, `frame` where a volume lies in the patient, if that is known.
     """
 
     name: str
@@ -52,6 +58,15 @@ class Plan:
     key: dict[str, Any]
     warnings: tuple[str, ...]
     stamp: dict[str, Any] | None = None
+    view: View | None = None
+    canvas: Canvas | None = None
+    shape: tuple[int, ...] = ()
+    frame: Frame | None = None
+
+    @property
+    def offset(self) -> tuple[float, ...]:
+        """Return where working pixel 0 begins, in level-0 pixels."""
+        return self.view.offset if self.view else (0.0,) * len(self.scale)
 
     @cached_property
     def spacing_um(self) -> tuple[float, ...]:
@@ -69,8 +84,8 @@ class Plan:
     def level0(self, region: Region) -> Region:
         """Return a working region in level-0 pixels, rounded outwards."""
         return Region.between(
-            (int(np.floor(a * s)) for a, s in zip(region.start, self.scale, strict=True)),
-            (int(np.ceil(b * s)) for b, s in zip(region.stop, self.scale, strict=True)),
+            (int(np.floor(a * s + o)) for a, s, o in zip(region.start, self.scale, self.offset, strict=True)),
+            (int(np.ceil(b * s + o)) for b, s, o in zip(region.stop, self.scale, self.offset, strict=True)),
         )
 
     def tasks(self) -> Iterator[BlockTask]:
@@ -78,7 +93,17 @@ class Plan:
         for block in self.grid.blocks():
             tiles = tuple(i for i in block.tiles if self.active[i])
             if tiles:
-                yield BlockTask(self.name, self.ref, self.grid, block.index, tiles, self.band, self.image)
+                yield BlockTask(
+                    self.name,
+                    self.ref,
+                    self.grid,
+                    block.index,
+                    tiles,
+                    self.band,
+                    self.image,
+                    self.view,
+                    self.canvas,
+                )
 
 
 def resolve_spec(spec: ModelSpec, settings: Settings) -> ModelSpec:
@@ -88,6 +113,9 @@ def resolve_spec(spec: ModelSpec, settings: Settings) -> ModelSpec:
     """
     tile = (settings.tile,) * spec.ndim if settings.tile else spec.tile
     halo = (settings.halo,) * spec.ndim if settings.halo is not None else spec.halo
+    if spec.step and any(halo):
+        text = f"{spec.name} slides windows over each other ({spec.step} of a tile apart) and has no halo"
+        raise UsageError("WSI010", f"{text}; leave --halo out")
     cell = tuple(t - 2 * h for t, h in zip(tile, halo, strict=True))
     if any(c < a or c % a or t % a for c, a, t in zip(cell, spec.align, tile, strict=True)):
         raise UsageError(
@@ -98,12 +126,14 @@ def resolve_spec(spec: ModelSpec, settings: Settings) -> ModelSpec:
     return replace(spec, tile=tile, halo=halo)
 
 
-def working_image(source: Source, spec: ModelSpec) -> WorkingImage:
-    """Return `source` as the model wants to see it."""
+def working_image(source: Source, spec: ModelSpec, view: View | None = None) -> WorkingImage | VolumeGrid:
+    """Return `source` as the model wants to see it; `view` is `view_of` it, for a model that needs one."""
     if spec.border == "clip" and spec.compute_batch > 1:
         raise ModelError(
             "WSI334", f"{spec.name} takes tiles cut at the border, which differ in shape, in batches; take 1"
         )
+    if view is not None:
+        return VolumeGrid(source, view, border=spec.border, fill=spec.fill)
     return WorkingImage(
         source, spec.spacing, tolerance=spec.spacing_tolerance, border=spec.border, fill=spec.fill
     )
@@ -113,7 +143,7 @@ def working_image(source: Source, spec: ModelSpec) -> WorkingImage:
 class _OpenTiles:
     """An open input on the grid that a model works on, closed with the source if that was opened for it."""
 
-    def __init__(self, source: Source, image: WorkingImage, *, owned: bool) -> None:
+    def __init__(self, source: Source, image: WorkingImage | VolumeGrid, *, owned: bool) -> None:
         self._source = source
         self._owned = owned
         self.read = image.read
@@ -124,10 +154,10 @@ class _OpenTiles:
             self._source.close()
 
 
-def tile_image(origin: Origin, spec: ModelSpec) -> TileImage:
+def tile_image(origin: Origin, spec: ModelSpec, view: View | None = None) -> TileImage:
     """Return an input on the model's grid: a source given as such stays open when the image is closed."""
     source = origin if isinstance(origin, Source) else open_source(origin)
-    return _OpenTiles(source, working_image(source, spec), owned=source is not origin)
+    return _OpenTiles(source, working_image(source, spec, view), owned=source is not origin)
 
 
 def plan_input(origin: Origin, name: str, spec: ModelSpec, settings: Settings) -> Plan:
@@ -152,15 +182,16 @@ def make_plan(name: str, ref: SourceRef, source: Source, spec: ModelSpec, settin
     if spec.spacing is not None:
         require_spacing(source)
     _check_shape(source, spec)
-    image = working_image(source, spec)
+    view = view_of(source, _view_rules(spec)) if spec.viewed else None
+    image = working_image(source, spec, view)
     extent = _extent(image, source.bounds, settings)
-    if any(n < h for n, h in zip(extent.shape, spec.halo, strict=True)):
+    if not spec.step and any(n < h for n, h in zip(extent.shape, spec.halo, strict=True)):
         raise SourceError(
             "WSI114",
             f"{name}: {_times(extent.shape)} pixels at {_times(image.spacing or ())} µm is less than the margin "
             f"of {_times(spec.halo)} that {spec.name} needs; nothing to find in it",
         )
-    grid = TileGrid.fit(extent, spec.tile, spec.halo, align=spec.align, block=(settings.block,) * spec.ndim)
+    grid = _grid(extent, spec, settings)
     tissue = _tissue(source, settings)
     plan = Plan(
         name=name,
@@ -175,12 +206,40 @@ def make_plan(name: str, ref: SourceRef, source: Source, spec: ModelSpec, settin
         active=np.zeros(len(grid), bool),
         band=1,
         key={},
-        warnings=tuple(image.warnings),
+        warnings=(*source.warnings, *image.warnings),
         stamp=source.stamp(),
+        view=view,
+        canvas=_canvas(source, spec, image, view),
+        shape=source.shape,
+        frame=source.frame,
     )
     active = np.fromiter((tissue.touches(plan.level0(t.owned)) for t in grid), bool, len(grid))
     band = max(1, round(spec.seam_um / min(plan.spacing_um)))
     return replace(plan, active=active, band=band, key=_key(plan, spec, settings))
+
+
+def _view_rules(spec: ModelSpec) -> ViewRules:
+    spacing = spec.spacing if spec.interpolation == "cubic" else None
+    return ViewRules(spacing, spec.crop, spec.normalise, spec.normalise_first)
+
+
+def _grid(extent: Region, spec: ModelSpec, settings: Settings) -> TileGrid:
+    """Return the tiles over the extent; labels of a volume are joined layer by layer, which are its blocks."""
+    block = (settings.block,) * spec.ndim
+    if spec.step:
+        grid = TileGrid.sliding(extent, spec.tile, spec.step, block=block)
+    else:
+        grid = TileGrid.fit(extent, spec.tile, spec.halo, align=spec.align, block=block)
+    return replace(grid, block=(1, *grid.counts[1:])) if spec.labels else grid
+
+
+def _canvas(
+    source: Source, spec: ModelSpec, image: WorkingImage | VolumeGrid, view: View | None
+) -> Canvas | None:
+    """Return where labels are painted: the input's own voxels, those in the view's box."""
+    if not spec.labels:
+        return None
+    return Canvas(view.crop.shape if view else source.shape, image.scale, view.apart if view else None)
 
 
 def _check_shape(source: Source, spec: ModelSpec) -> None:
@@ -188,7 +247,8 @@ def _check_shape(source: Source, spec: ModelSpec) -> None:
         raise SourceError(
             "WSI113", f"{source.name} has {source.ndim} spatial axes, {spec.name} works on {spec.ndim}"
         )
-    channels, dtype = len(source.channel_names), source.dtype.name
+    channels = len(source.channel_names) if "c" in source.axes else 1
+    dtype = source.dtype.name
     if channels != spec.channels or spec.dtype not in ("", dtype):
         raise SourceError(
             "WSI130",
@@ -197,10 +257,14 @@ def _check_shape(source: Source, spec: ModelSpec) -> None:
         )
 
 
-def _extent(image: WorkingImage, bounds: Region, settings: Settings) -> Region:
+def _extent(image: WorkingImage | VolumeGrid, bounds: Region, settings: Settings) -> Region:
     """Return the region to work on, in working pixels: scanner bounds, cut to a region of interest."""
     level0 = bounds
     if isinstance(settings.roi, tuple):
+        if bounds.ndim != 2:
+            raise UsageError(
+                "WSI011", f"--roi {settings.roi} is for flat images; this one has {bounds.ndim} axes"
+            )
         x, y, width, height = settings.roi
         level0 = bounds.intersect(Region((y, x), (height, width)))
         if not level0.size:
@@ -237,9 +301,14 @@ def _key(plan: Plan, spec: ModelSpec, settings: Settings) -> dict[str, Any]:
         "input": plan.identity,
         "spacing": list(plan.spacing.um) if plan.spacing else None,
         "model": [spec.name, spec.version, spec.weights_sha256],
-        "grid": [list(spec.tile), list(spec.halo), list(spec.align), spec.compute_batch],
+        "grid": [list(spec.tile), list(spec.halo), list(spec.align), spec.compute_batch, *_sliding(spec)],
         "settings": {k: _content(v) for k, v in settings.result_key().items()},
+        **({"view": plan.view.as_json()} if plan.view else {}),
     }
+
+
+def _sliding(spec: ModelSpec) -> list[float]:
+    return [spec.step] if spec.step else []
 
 
 def _content(value: Any) -> Any:

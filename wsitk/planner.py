@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import final
 
+from wsitk.blocks import BlockTask
 from wsitk.errors import UsageError
 from wsitk.model import ModelSpec
 from wsitk.plan import Plan
@@ -55,9 +56,9 @@ class Planner:
         """Return the way to an input that has been planned."""
         return self._held.get(ref.path) or Access(ref, self.reader)
 
-    def tiles(self, ref: SourceRef) -> TileImage:
+    def tiles(self, task: BlockTask) -> TileImage:
         """Return a planned input on the model's grid."""
-        return self.access(ref).tiles(self.spec)
+        return self.access(task.source).tiles(self.spec, task.view)
 
     def _way_to(self, item: Input) -> Access:
         if not isinstance(item.source, Source):

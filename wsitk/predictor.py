@@ -1,4 +1,7 @@
-"""A model on its device: groups of tiles in, outputs out, always in the same shape."""
+"""A model on its device: groups of tiles in, outputs out, always in the same shape.
+
+The classes of a `ChunkedModel` are computed a few at a time, when a stitcher asks for them.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsitk.device import autocast
-from wsitk.model import TileModel
+from wsitk.model import ChunkedModel, FieldSpec, TileModel
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Predictor"]
+__all__ = ["ChunkedScores", "Predictor"]
+
+_CHUNK_VALUES = 1 << 24  # scores that are computed at once: 64 MiB in float32
 
 
 @final
@@ -51,6 +56,17 @@ class Predictor:
             )
         return [{name: value[i] for name, value in outputs.items()} for i in range(len(tiles))], ""
 
+    def scores(
+        self,
+        model: ChunkedModel,
+        features: Mapping[str, torch.Tensor],
+        field: FieldSpec,
+        *,
+        precision: str = "",
+    ) -> ChunkedScores:
+        """Return a field of one tile, to be computed from its features; `precision` is as above."""
+        return ChunkedScores(model, features, field, self._device, precision or self.precision)
+
     def _batch(self, tiles: Sequence[NDArray[Any]]) -> torch.Tensor:
         """Return (compute_batch, C, *tile) on the device."""
         import torch
@@ -60,3 +76,61 @@ class Predictor:
             stack[place] = pixels
         batch = torch.from_numpy(np.ascontiguousarray(np.moveaxis(stack, -1, 1)))
         return batch.to(self._device, non_blocking=True)
+
+
+@final
+class ChunkedScores:
+    """A field of one tile, computed from its features in chunks of channels; see `wsitk.model.Scores`.
+
+    With ``softmax`` the denominator is summed over all chunks first, as the logarithm of a sum of exponentials.
+    To be called in the thread that owns the device. `finite` tells whether all scores are finite numbers.
+    """
+
+    def __init__(
+        self,
+        model: ChunkedModel,
+        features: Mapping[str, torch.Tensor],
+        field: FieldSpec,
+        device: torch.device,
+        precision: str,
+    ) -> None:
+        self._model, self._field = model, field
+        self._features = {name: value[None] for name, value in features.items()}
+        self._device, self._precision = device, precision
+        pixels = max(int(np.prod(v.shape[-model.spec.ndim :])) for v in self._features.values())
+        self._step = max(1, _CHUNK_VALUES // (pixels * model.views))
+        self.finite = True
+        self._denominator = self._sum()
+
+    def _head(self, start: int, stop: int) -> torch.Tensor:
+        """Return scores (views, stop - start, *tile), float32."""
+        import torch
+
+        with torch.inference_mode(), autocast(self._device, self._precision):
+            return self._model.head(self._features, self._field.name, start, stop).float()
+
+    def _sum(self) -> torch.Tensor | None:
+        """Return the logarithm of the softmax's denominator (views, 1, *tile); look at every score."""
+        import torch
+
+        total: torch.Tensor | None = None
+        for start in range(0, len(self._field.channels), self._step):
+            scores = self._head(start, min(start + self._step, len(self._field.channels)))
+            self.finite = self.finite and bool(torch.isfinite(scores).all())
+            if self._field.activation == "softmax":
+                part = scores.logsumexp(1, keepdim=True)
+                total = part if total is None else torch.logaddexp(total, part)
+        return total
+
+    def __call__(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Return channels start .. stop - 1, activated and averaged over the views: (stop - start, *tile)."""
+        import torch
+
+        parts = []
+        for low in range(start, stop, self._step):
+            scores = self._head(low, min(low + self._step, stop))
+            with torch.inference_mode():
+                if self._denominator is not None:
+                    scores = (scores - self._denominator).exp_()
+                parts.append((scores[0] if len(scores) == 1 else scores.mean(0)).cpu().numpy())
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)

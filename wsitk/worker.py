@@ -22,10 +22,10 @@ from wsitk.blockstore import BlockStore
 from wsitk.errors import SourceError, WorkError
 from wsitk.grid import Tile
 from wsitk.loader import TileLoader
-from wsitk.model import TileModel, TileResult
+from wsitk.model import ChunkedModel, TileModel, TileResult
 from wsitk.predictor import Predictor
 from wsitk.reading.server import TileImage
-from wsitk.sources.base import Reading, SourceRef
+from wsitk.sources.base import Reading
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +70,7 @@ _Predicted = tuple[_Request, TileStatus, "Mapping[str, torch.Tensor] | None"]
 class BlockWorker:
     """Runs one model over a stream of block tasks.
 
-    `groups` is the number of batches in flight on the device; `open_image` turns a reference into the image
+    `groups` is the number of batches in flight on the device; `open_image` turns a task's input into the image
     on the model's working grid; `store` takes the blocks of an input; `on_tile` is called as tiles are done.
     """
 
@@ -81,19 +81,22 @@ class BlockWorker:
         *,
         workers: int,
         groups: int,
-        open_image: Callable[[SourceRef], TileImage],
+        open_image: Callable[[BlockTask], TileImage],
         store: Callable[[str], BlockStore],
         on_tile: Callable[[], None] = lambda: None,
     ) -> None:
         self._model = model
         self._predictor = predictor
         self._workers = workers
-        self._groups = groups
+        self._groups = 1 if model.spec.labels else groups
+        # one tile of a volume may say a gigabyte of scores: no second one waits beside it
+        self._ahead = 0 if model.spec.labels else 2 * workers
         self._open_image = open_image
         self._store = store
         self._on_tile = on_tile
         self._images: dict[str, TileImage] = {}
         self._busy: Counter[str] = Counter()
+        self._last: OpenBlock | None = None
 
     def run(self, tasks: Iterable[BlockTask]) -> Iterator[BlockReport]:
         """Yield a report for each task, in order, once its block is committed.
@@ -108,6 +111,9 @@ class BlockWorker:
                     if self._collected(request, self._settled(request, future.result())):
                         yield self._commit(request.home)
         finally:
+            if self._last is not None:
+                self._last.release()
+            self._last = None
             for image in self._images.values():
                 image.close()
             self._images.clear()
@@ -127,16 +133,18 @@ class BlockWorker:
             with _blame(task, task.input, SourceError):  # the file may have gone since it was planned
                 home = self._open(task)
             self._busy[task.input] += 1
-            for index in task.tiles:
+            for index in (*home.again, *task.tiles):
                 yield _Request(home, task.grid[index])
 
     def _open(self, task: BlockTask) -> OpenBlock:
         self._image(task)
-        return OpenBlock(task, self._model.spec)
+        scratch = self._store(task.input).folder / ".wsitk" if self._model.spec.labels else None
+        self._last = OpenBlock(task, self._model.spec, before=self._last, scratch=scratch)
+        return self._last
 
     def _image(self, task: BlockTask) -> TileImage:
         if task.input not in self._images:
-            self._images[task.input] = self._open_image(task.source)
+            self._images[task.input] = self._open_image(task)
             for name in [n for n in self._images if not self._busy[n] and n != task.input]:
                 self._images.pop(name).close()
         return self._images[task.input]
@@ -162,10 +170,19 @@ class BlockWorker:
         """Yield every tile with its pending result, in order, a bounded number ahead."""
         waiting: deque[tuple[_Request, Future[_Done]]] = deque()
         for item in self._predicted(loader):
-            waiting.append((item[0], pool.submit(self._postprocess, *item)))
-            while len(waiting) > 2 * self._workers:
+            waiting.append((item[0], self._submit(pool, item)))
+            del item  # a tile's outputs live no longer than they must
+            while len(waiting) > self._ahead:
                 yield waiting.popleft()
         yield from waiting
+
+    def _submit(self, pool: ThreadPoolExecutor, item: _Predicted) -> Future[_Done]:
+        """Have a tile post-processed: in the pool, or at once where only the device's thread may do it."""
+        if not isinstance(self._model, ChunkedModel):
+            return pool.submit(self._postprocess, *item)
+        future: Future[_Done] = Future()
+        future.set_result(self._postprocess(*item))
+        return future
 
     def _predicted(self, loader: TileLoader[_Request, _Read]) -> Iterator[_Predicted]:
         """Yield tiles with their outputs; `groups` batches are kept in flight on the device."""
@@ -213,11 +230,17 @@ class BlockWorker:
         return result
 
     def _postprocess(
-        self, request: _Request, status: TileStatus, outputs: Mapping[str, torch.Tensor] | None
+        self,
+        request: _Request,
+        status: TileStatus,
+        outputs: Mapping[str, torch.Tensor] | None,
+        precision: str = "",
     ) -> _Done:
         began = time.perf_counter()
         if outputs is None:
             return _Done(status, None, 0.0)
+        if isinstance(self._model, ChunkedModel):
+            return self._in_chunks(self._model, request, status, outputs, precision)
         arrays = {n: v.float().cpu().numpy() for n, v in outputs.items()}
         bad = sum(int(np.size(v) - np.isfinite(v).sum()) for v in arrays.values())
         if bad:
@@ -227,6 +250,27 @@ class BlockWorker:
             result = self._model.postprocess(arrays, request.tile)
             result = request.home.put_forward(result, request.tile)
         return _Done(status, result, time.perf_counter() - began)
+
+    def _in_chunks(
+        self,
+        model: ChunkedModel,
+        request: _Request,
+        status: TileStatus,
+        features: Mapping[str, torch.Tensor],
+        precision: str,
+    ) -> _Done:
+        """Return a tile whose fields are computed when the stitcher asks for them."""
+        began = time.perf_counter()
+        with _blame(request.home.task, str(request)):
+            fields = {
+                f.name: self._predictor.scores(model, features, f, precision=precision)
+                for f in model.spec.fields
+            }
+        bad = sum(not scores.finite for scores in fields.values())
+        if bad:
+            reason = f"WSI310 non-finite scores in {bad} fields, in float32 too"
+            return _Done(TileStatus(status.tile, "model_failed", reason), None, 0.0, bad)
+        return _Done(status, TileResult(scores=fields), time.perf_counter() - began)
 
     def _settled(self, request: _Request, done: _Done) -> _Done:
         """Return a tile's result; one that half precision could not hold is computed again in float32."""
@@ -239,7 +283,7 @@ class BlockWorker:
             outputs, problem = self._predictor([read.pixels], precision="float32")
         if problem:
             return _Done(TileStatus(request.tile.index, "model_failed", problem), None, 0.0)
-        return self._postprocess(request, read.status, outputs[0])
+        return self._postprocess(request, read.status, outputs[0], "float32")
 
     def _commit(self, home: OpenBlock) -> BlockReport:
         task = home.task

@@ -19,7 +19,7 @@ from wsitk.errors import ModelError
 from wsitk.model import ObjectClass
 from wsitk.models.cellvit.config import VARIANTS, CellViTConfig
 from wsitk.models.cellvit.network import CellViT, empty_network
-from wsitk.models.cellvit.torchfile import TorchFile, checked_state, read_torch_file
+from wsitk.torchfile import TensorFile, checked_state, read_tensors
 from wsitk.writers.base import atomic_file
 
 __all__ = ["CheckpointInfo", "PANNUKE", "load_checkpoint", "object_classes", "save_upstream_checkpoint"]
@@ -98,7 +98,7 @@ def load_checkpoint(path: str | Path) -> tuple[CellViT, CheckpointInfo]:
     WSI303 (unreadable), WSI304 (unknown architecture or configuration), WSI306 (claims more data than it
     has), WSI307 (entries that are no finite numbers).
     """
-    file = read_torch_file(path)
+    file = read_tensors(path)
     info = _describe(file)
     network = empty_network(info.config)
     network.load_state_dict(checked_state(file, network.state_dict()), strict=True, assign=True)
@@ -220,10 +220,10 @@ def object_classes(names: Mapping[int, str], count: int, first: int = 1) -> tupl
     return tuple(ObjectClass(n, known.get(n, PALETTE[(i - first) % len(PALETTE)])) for i, n in chosen)
 
 
-def _describe(file: TorchFile) -> CheckpointInfo:
-    arch, config = file.content.get("arch"), file.content.get("config")
+def _describe(file: TensorFile) -> CheckpointInfo:
+    arch, config = file.meta.get("arch"), file.meta.get("config")
     if not isinstance(arch, str) or not isinstance(config, Mapping):
-        found = ", ".join(map(repr, list(file.content)[:6]))
+        found = ", ".join(map(repr, list(file.meta)[:6]))
         raise ModelError(
             "WSI304", f"{file.path} names no arch and config (it holds: {found}); wanted a CellViT checkpoint"
         )

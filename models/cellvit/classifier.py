@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from wsitk.errors import ModelError
 from wsitk.model import ObjectClass
 from wsitk.models.cellvit.checkpoint import object_classes
-from wsitk.models.cellvit.torchfile import TorchFile, checked_state, read_torch_file
+from wsitk.torchfile import TensorFile, checked_state, read_tensors
 
 __all__ = ["LinearClassifier", "ClassifierInfo", "load_classifier", "cell_tokens"]
 
@@ -72,9 +72,9 @@ def load_classifier(
     Two published files (nucls_main, nucls_super) name no classes: theirs are called 'class 0', 'class 1', …
     Raises ModelError as `checkpoint.load_checkpoint` does.
     """
-    file = read_torch_file(path)
-    if file.content.get("arch") != "LinearClassifier":
-        got = str(file.content.get("arch"))[:60]
+    file = read_tensors(path)
+    if file.meta.get("arch") != "LinearClassifier":
+        got = str(file.meta.get("arch"))[:60]
         raise ModelError("WSI304", f"{file.path} is a {got!r}; wanted a LinearClassifier of CellViT++")
     inside, hidden, count = _widths(file)
     if embed_dim not in (None, inside):
@@ -86,7 +86,7 @@ def load_classifier(
     with torch.device("meta"):
         network = LinearClassifier(inside, hidden, count)
     network.load_state_dict(checked_state(file, network.state_dict()), strict=True, assign=True)
-    config = file.content.get("config")
+    config = file.meta.get("config")
     settings = config if isinstance(config, Mapping) else {}
     names = _label_map(file.path, settings, count)
     info = ClassifierInfo(
@@ -101,11 +101,10 @@ def load_classifier(
     return network.eval(), info
 
 
-def _widths(file: TorchFile) -> tuple[int, int, int]:
+def _widths(file: TensorFile) -> tuple[int, int, int]:
     """Return the widths of input, hidden layer and output, which only the weights state."""
-    state = file.content.get("model_state_dict")
-    first, last = (state.get(n) if isinstance(state, Mapping) else None for n in ("fc1.weight", "fc2.weight"))
-    if not isinstance(first, Tensor) or not isinstance(last, Tensor) or first.ndim != 2 or last.ndim != 2:
+    first, last = (file.tensors.get(n) for n in ("fc1.weight", "fc2.weight"))
+    if first is None or last is None or first.ndim != 2 or last.ndim != 2:
         raise ModelError(
             "WSI301", f"{file.path} has no matrices fc1.weight and fc2.weight; wanted a LinearClassifier"
         )

@@ -3,9 +3,16 @@
 The shape follows CellViT (Hörst et al. 2024): a transformer encoder whose intermediate features feed skip
 decoders, and one decoder branch per map. Three things differ. The encoder is TinyViT-5M (Wu et al. 2022) as
 MobileSAM trained it, the skips are computed once for both branches, and every attention window is 8 tokens
-wide. Windows of 8 at strides 8 and 16 span 64 and 128 pixels, so shifting the image by 128 pixels shifts the
-maps by 128 pixels (apart from the border): an engine that aligns its tiles to that lattice
-has no seams but those of the border.
+wide.
+
+Images come and maps leave at 0.25 µm/px, because at 0.5 an outline cannot be better than an eighth of a
+nucleus' area; but what decides where nuclei are can be seen at 0.5, at a quarter of the cost. So the encoder
+sees means of 2 x 2 pixels, the pixels themselves join at the finest skip, and the header computes 4 x 4 pixels
+for each of its positions.
+
+Windows of 8 at strides 16 and 32 span 128 and 256 pixels, so shifting the image by 256 pixels shifts the maps
+by 256 pixels (apart from the border): an engine that aligns its tiles to that lattice has no seams but those
+of the border.
 
 Nothing here looks at a whole tile: no global attention, no position embedding, no per-tile normalisation.
 """
@@ -23,15 +30,20 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 """Normalisation of RGB in [0, 1]: what the encoder was pretrained with."""
 
-LATTICE = 128
+SPACING = 0.25
+"""Micrometres per pixel of what it reads and of what it returns."""
+
+LATTICE = 256
 """Height and width must be multiples of this; shifts by it leave the prediction unchanged."""
 
 PADDING: Final = "reflect"
 """What convolutions see beyond a tile. Zeros are an edge that attention carries inwards window by window: with
-them the maps 64 pixels inside a tile moved ten times as far as with a mirror image, and objects with them."""
+them the maps 128 pixels inside a tile moved ten times as far as with a mirror image, and objects with them."""
 
 WINDOW = 8
 DROPOUT = 0.1
+FOLD = 4
+"""Side of the squares of pixels that the finest skip reads, and the header writes, at one position."""
 
 
 class ConvNorm(nn.Sequential):
@@ -151,9 +163,9 @@ class Stage(nn.Module):
 
 
 class TinyViTEncoder(nn.Module):
-    """TinyViT-5M with MobileSAM's strides.
+    """TinyViT-5M with MobileSAM's strides, on means of 2 x 2 pixels.
 
-    (N, 3, H, W) -> features of 32, 64, 128, 160 and 320 channels at strides 2, 4, 8, 16 and 16.
+    (N, 3, H, W) -> features of 32, 64, 128, 160 and 320 channels at strides 4, 8, 16, 32 and 32.
     """
 
     widths = (32, 64, 128, 160, 320)
@@ -172,7 +184,7 @@ class TinyViTEncoder(nn.Module):
         )
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        half = F.gelu(self.stem1(x))
+        half = F.gelu(self.stem1(F.avg_pool2d(x, 2)))
         x, features = self.stem2(half), [half]
         for stage in self.layers:
             x, feature = stage(x)
@@ -195,8 +207,8 @@ class ConvBlock(nn.Sequential):
 class Branch(nn.Module):
     """One output map: thrice double the resolution, append the skip, convolve; then a sub-pixel header.
 
-    The header computes the four pixels of every half-resolution position at once, which costs a third of what
-    a decoder at full resolution costs and sees the same image detail (see `decoder0`).
+    The header computes the 16 pixels of every position at 1 µm at once, which costs a twelfth of what a decoder
+    at full resolution costs and sees the same image detail (see `decoder0`).
     """
 
     def __init__(self, deep: int, skips: tuple[int, ...], widths: tuple[int, ...], classes: int) -> None:
@@ -204,24 +216,25 @@ class Branch(nn.Module):
         inputs = (deep, *widths[:-1])
         self.up = nn.ModuleList([nn.ConvTranspose2d(i, o, 2, 2) for i, o in zip(inputs, widths, strict=True)])
         self.fuse = nn.ModuleList([ConvBlock(o + s, o) for o, s in zip(widths, skips, strict=True)])
-        self.header = nn.Conv2d(widths[-1], 4 * classes, 3, padding=1, padding_mode=PADDING)
+        self.header = nn.Conv2d(widths[-1], FOLD * FOLD * classes, 3, padding=1, padding_mode=PADDING)
 
     def forward(self, deep: Tensor, skips: list[Tensor]) -> Tensor:
         x = deep
         for up, fuse, skip in zip(self.up, self.fuse, skips, strict=True):
             x = fuse(torch.cat([skip, up(x)], dim=1))
-        return F.pixel_shuffle(self.header(x), 2)
+        return F.pixel_shuffle(self.header(x), FOLD)
 
 
 class CompactCellViT(nn.Module):
-    """Nucleus segmentation at 0.5 µm/px.
+    """Nucleus segmentation at 0.25 µm/px.
 
     Input (N, 3, H, W), RGB in [0, 1] normalised by MEAN and STD, H and W multiples of LATTICE. Output:
     `nuclei_binary_map` (N, 2, H, W), logits of background and nucleus, and `hv_map` (N, 2, H, W), the signed
-    horizontal and vertical distance to the nucleus' centre of mass in [-1, 1].
+    horizontal and vertical distance to the nucleus' centre of mass in [-1, 1]. With `types` above 0 there is
+    `nuclei_type_map` (N, types + 1, H, W) too, logits of background and of each type.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, types: int = 0) -> None:
         super().__init__()
         deep, skips, widths = 128, (64, 48, 32), (96, 64, 40)
         stem, quarter, eighth, *coarse = TinyViTEncoder.widths
@@ -229,26 +242,31 @@ class CompactCellViT(nn.Module):
         self.decoder3 = ConvBlock(sum(coarse), deep, 1)
         self.decoder2 = ConvBlock(eighth, skips[0], 1)
         self.decoder1 = ConvBlock(quarter, skips[1], 1)
-        # The image itself, folded to half resolution without loss (3 x 2 x 2 channels), beside the stem.
-        self.decoder0 = ConvBlock(stem + 12, skips[2], 1)
+        # The image itself, folded to 1 µm without loss (3 x 4 x 4 channels), beside the stem.
+        self.decoder0 = ConvBlock(stem + 3 * FOLD * FOLD, skips[2], 1)
         self.nuclei_binary_map_decoder = Branch(deep, skips, widths, 2)
         self.hv_map_decoder = Branch(deep, skips, widths, 2)
+        # Names need less detail than outlines: the branch is narrower, a third of the others' cost.
+        self.nuclei_type_map_decoder = Branch(deep, skips, (64, 40, 24), types + 1) if types else None
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         half, quarter, eighth, middle, last = self.encoder(x)
         deep = self.decoder3(torch.cat([middle, last], dim=1))
-        pixels = F.pixel_unshuffle(x, 2).to(half.dtype)
+        pixels = F.pixel_unshuffle(x, FOLD).to(half.dtype)
         finest = self.decoder0(torch.cat([half, pixels], dim=1))
         skips = [self.decoder2(eighth), self.decoder1(quarter), finest]
-        return {
+        maps = {
             "nuclei_binary_map": self.nuclei_binary_map_decoder(deep, skips),
             "hv_map": self.hv_map_decoder(deep, skips),
         }
+        if self.nuclei_type_map_decoder is not None:
+            maps["nuclei_type_map"] = self.nuclei_type_map_decoder(deep, skips)
+        return maps
 
 
-def compact_cellvit() -> CompactCellViT:
-    """The network with fresh weights."""
-    return CompactCellViT()
+def compact_cellvit(types: int = 0) -> CompactCellViT:
+    """The network with fresh weights; `types` is the number of nucleus types, 0 for none."""
+    return CompactCellViT(types)
 
 
 def encoder_state(mobile_sam: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -113,18 +113,19 @@ def _spec(card: Card, network: nn.Module) -> ModelSpec:
     classes = tuple(ObjectClass(c["name"], tuple(c["color"])) for c in content["classes"])
     typed = len(classes) > 1 or "types" in content.get("network", {})
     if isinstance(network, CellViT):
-        typed, channels, side, align = True, network.config.nuclei_classes - 1, 1024, network.config.align
+        typed, channels, align = True, network.config.nuclei_classes - 1, network.config.align
+        side, halo = 1024, 64
         if channels != len(classes):
             raise _odd(card, f"{len(classes)} classes for a type map of {channels}")
     else:
-        side, align = 768, LATTICE
+        side, halo, align = 1536, 128, LATTICE
     maps = tuple(c.name for c in classes) if typed else ()
     return ModelSpec(
         name=card.name,
         version=card.version,
         spacing=(float(content["spacing_um"]),) * 2,
         tile=(side, side),
-        halo=(64, 64),
+        halo=(halo, halo),
         align=(align, align),
         border="constant" if isinstance(network, CellViT) else "reflect",
         fields=(FieldSpec(FIELD, ("Nuclei", *maps)),),

@@ -16,12 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsitk.errors import UsageError
-from wsitk.models.cellvit import watershed
+from wsitk.models.cellvit import joining, watershed
 from wsitk.models.cellvit.hover_upstream import segment_upstream
 
 __all__ = ["HoverSettings", "segment"]
 
 Array = NDArray[Any]
+
+SPECK_UM2 = 0.5
+"""Pieces below this are dropped before any are joined."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,12 @@ class HoverSettings:
         Radius of the disc that must fit into a marker; rounded to whole pixels.
     min_marker_um2, min_object_um2
         Smaller markers seed nothing; smaller objects are dropped.
+    join_solidity, join_gain
+        Pieces that the watershed cut are joined again (see `joining`) if together they fill at least
+        `join_solidity` of their convex hull and the mean squared misfit of the HV maps falls by more than
+        `join_gain`. A `join_solidity` of 1 or more joins nothing.
+    min_probability
+        Objects whose mean foreground probability is lower are dropped.
     mode
         ``upstream`` does as CellViT 1.0.9 instead, whose sizes are pixels and fixed: all of the above is
         then ignored.
@@ -55,6 +64,9 @@ class HoverSettings:
     open_um: float = 0.25
     min_marker_um2: float = 1.5
     min_object_um2: float = 3.0
+    join_solidity: float = 1.0
+    join_gain: float = 0.02
+    min_probability: float = 0.0
     mode: Literal["default", "upstream"] = "default"
 
     def __post_init__(self) -> None:
@@ -100,9 +112,23 @@ def segment(
     markers = _markers(inside, round(chosen.open_um / spacing_um))
     labels = watershed.seed(mask, _components(mask, 4), markers, ceil(chosen.min_marker_um2 / pixel_area))
     watershed.flood(labels, height)
+    if chosen.join_solidity < 1:
+        watershed.number(labels, ceil(SPECK_UM2 / pixel_area))
+        whole = watershed.quantise(np.ascontiguousarray(hv, np.float32), watershed.HV_STEPS)
+        joining.join(labels, whole, float(watershed.HV_STEPS), chosen.join_gain, chosen.join_solidity)
     watershed.number(labels, ceil(chosen.min_object_um2 / pixel_area))
     watershed.fill_holes(labels, _components((labels == 0).astype(np.uint8), 8))
-    return np.ascontiguousarray(labels[1:-1, 1:-1])
+    return _likely(np.ascontiguousarray(labels[1:-1, 1:-1]), prob, chosen.min_probability)
+
+
+def _likely(labels: NDArray[np.int32], prob: Array, least: float) -> NDArray[np.int32]:
+    """Return the labels whose mean probability is at least `least`, numbered anew."""
+    if least <= 0:
+        return labels
+    sizes = np.bincount(labels.ravel(), minlength=1)
+    sums = watershed.sum_by_label(labels, np.ascontiguousarray(prob[None], np.float32), len(sizes) - 1)
+    keep = np.concatenate([[False], sums[:, 0] >= least * sizes[1:]])
+    return np.asarray(np.where(keep, np.cumsum(keep), 0).astype(np.int32)[labels])
 
 
 def _slopes(hv: Array, sigma: float) -> tuple[tuple[Array, Array], float]:

@@ -76,6 +76,11 @@ class CellViTModel(TileModel):
     def network(self) -> torch.nn.Module:
         return self._network
 
+    @property
+    def settings(self) -> HoverSettings:
+        """Return how nuclei are cut out of the maps."""
+        return self._settings
+
     def predict(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return ``nuclei`` (N, 1, H, W), ``hv`` (N, 2, H, W), and what the classes need.
 
@@ -144,8 +149,8 @@ def default_model() -> CellViTModel:
         name=card["name"],
         version=card["version"],
         spacing=(card["spacing_um"],) * 2,
-        tile=(768, 768),
-        halo=(64, 64),
+        tile=(1536, 1536),
+        halo=(128, 128),
         align=(LATTICE, LATTICE),
         fields=(FieldSpec(FIELD, ("Nuclei",)),),
         objects=True,

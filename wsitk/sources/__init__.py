@@ -55,7 +55,41 @@ def _image(path: str, **options: Any) -> Source:
     return ImageSource(path, **options)
 
 
-OPENERS: dict[str, Opener] = {"tiff": _direct, "openslide": _openslide, "image": _image}
+def _nifti(path: str, **options: Any) -> Source:
+    """Read a volume from NIfTI."""
+    from wsitk.sources.nifti import NiftiSource
+
+    return NiftiSource(path, **options)
+
+
+def _nrrd(path: str, **options: Any) -> Source:
+    """Read a volume from NRRD."""
+    from wsitk.sources.nrrd import NrrdSource
+
+    return NrrdSource(path, **options)
+
+
+def _dicom(path: str, **options: Any) -> Source:
+    """Read a volume from the slices of a DICOM series."""
+    from wsitk.sources.dicom_series import DicomSeriesSource
+
+    return DicomSeriesSource(path, **options)
+
+
+def _x_ray(path: str, **options: Any) -> Source:
+    """Read a radiograph from DICOM."""
+    from wsitk.sources.xray import XRaySource
+
+    return XRaySource(path, **options)
+
+
+# Volumes and radiographs are tried first: they know their files by the first bytes, and a folder of slices,
+# and OpenSlide need not meet DICOM that is no slide.
+_BY_FIRST_BYTES = ("nifti", "nrrd", "dicom", "xray")
+OPENERS: dict[str, Opener] = {
+    "nifti": _nifti, "nrrd": _nrrd, "dicom": _dicom, "xray": _x_ray,
+    "tiff": _direct, "openslide": _openslide, "image": _image,
+}  # fmt: skip
 
 
 def open_source(
@@ -65,6 +99,7 @@ def open_source(
     name: str | None = None,
     axes: Sequence[str] | None = None,
     reader: str | None = None,
+    also: Sequence[str | os.PathLike[str]] = (),
 ) -> Source:
     """Return the source for a path, a `SourceRef` or an array (NumPy, dask, zarr).
 
@@ -77,7 +112,10 @@ def open_source(
     axes
         For arrays: one letter for each dimension, such as ``yxc`` or ``zyx``.
     reader
-        ``tiff``, ``openslide`` or ``image``: use this one only.
+        ``nifti``, ``nrrd``, ``dicom``, ``xray``, ``tiff``, ``openslide`` or ``image``: use this one only.
+    also
+        For volumes: files of the same patient in the same position (PET beside CT, further MR sequences).
+        They become further channels, interpolated on the grid of `source`.
 
     Raises
     ------
@@ -87,18 +125,25 @@ def open_source(
         error here: `spacing` is then None.
     """
     if isinstance(source, Source):
-        if not (mpp is None and name is None and axes is None and reader is None):
+        if not (mpp is None and name is None and axes is None and reader is None and not also):
             raise UsageError("WSI020", f"{source.name} is open already; give options when opening it")
         return source
     if isinstance(source, SourceRef):
-        given = {k: v for k, v in {"mpp": mpp, "name": name, "reader": reader}.items() if v is not None}
+        options = {"mpp": mpp, "name": name, "reader": reader, "also": also or None}
+        given = {k: v for k, v in options.items() if v is not None}
         return open_source(source.path, **{**source.options, **given})
     if isinstance(source, str | os.PathLike):
         if axes is not None:
             raise UsageError("WSI020", "axes belong to arrays; a file states its own")
+        if also:
+            from wsitk.sources.channels import open_channels
+
+            return open_channels(os.fspath(source), also, mpp=mpp, name=name, reader=reader)
         return _open_path(Path(source), mpp, name, reader)
     if not hasattr(source, "shape") or not hasattr(source, "dtype"):
         raise UsageError("WSI020", f"cannot read from {type(source).__name__}; give a path or an array")
+    if also:
+        raise UsageError("WSI020", "also belongs to files; stack arrays along an axis c")
     from wsitk.sources.array import ArraySource
 
     return ArraySource(source, axes=axes, spacing=mpp, name=name)
@@ -110,14 +155,16 @@ def _open_path(
     """Try the readers in order; a refusal that no other reader could mend ends the search."""
     if reader is not None and reader not in OPENERS:
         raise UsageError("WSI022", f"no reader {reader!r}; there are {', '.join(OPENERS)}")
-    said: list[SourceError] = []
-    for key in [reader] if reader else OPENERS:
+    said: dict[str, SourceError] = {}
+    usual = ["dicom", "tiff"] if path.is_dir() else list(OPENERS)  # the latter has the system's words for it
+    for key in [reader] if reader else usual:
         try:
             return OPENERS[key](str(path), mpp=mpp, name=name)
         except SourceError as error:
             if error.code != "WSI101":
                 raise
-            said.append(error)
+            said[key] = error
     title = name or path.name
-    words = "; ".join(e.message.removeprefix(f"{title}: ") for e in said)
-    raise SourceError("WSI101", f"{title}: no reader takes it: {words}") from said[-1]
+    ordered = sorted(said, key=lambda key: key in _BY_FIRST_BYTES)  # who looked closest speaks first
+    words = "; ".join(said[key].message.removeprefix(f"{title}: ") for key in ordered)
+    raise SourceError("WSI101", f"{title}: no reader takes it: {words}") from said[ordered[-1]]

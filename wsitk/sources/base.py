@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, final
 import numpy as np
 from numpy.typing import NDArray
 
+from wsitk.frame import Frame
 from wsitk.geometry import Region, Spacing
 
 if TYPE_CHECKING:
@@ -64,6 +65,10 @@ class Source(ABC):
         Pixel size at level 0, or None if unknown (`spacing_error` then says why).
     bounds
         The scanned area in level-0 pixels (OpenSlide's bounds), the whole image if the file has none.
+    frame
+        Where a volume lies in the patient; None for slides and other flat images.
+    warnings
+        What a reader of the results should know of the file, one coded line each.
     """
 
     name: str
@@ -75,6 +80,8 @@ class Source(ABC):
     spacing_error: str
     bounds: Region
     ref: SourceRef | None
+    frame: Frame | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     @final

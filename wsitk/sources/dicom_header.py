@@ -1,4 +1,4 @@
-"""The few header fields that say which DICOM files make one slide; no pixel and no patient's name is read."""
+"""The few header fields that say which DICOM files make one input; no pixel and no patient's name is read."""
 
 from __future__ import annotations
 
@@ -10,13 +10,20 @@ from dataclasses import dataclass
 __all__ = ["SeriesFile", "read_header"]
 
 WSI_STORAGE = "1.2.840.10008.5.1.4.1.1.77.1.6"
+_STORAGE = "1.2.840.10008.5.1.4.1.1."
+_STACKS = {  # CT, MR, PET and X-ray 3D, each as slices, as enhanced and as converted multi-frame files
+    *("2", "2.1", "2.2", "4", "4.1", "4.4", "128", "128.1", "130", "13.1.1", "13.1.2"),
+}
+_X_RAYS = {"1", "1.1", "1.1.1", "1.2", "1.2.1", "1.3", "1.3.1", "12.1", "12.2"}
+_SECONDARY = "7"
+_X_RAY_MODALITIES = {"CR", "DX", "DR", "MG", "IO", "PX", "RG", "XA", "RF"}
 _IMPLICIT = "1.2.840.10008.1.2"
 _BIG_ENDIAN = "1.2.840.10008.1.2.2"
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 _UNDEFINED = 0xFFFFFFFF
 _HEAD_BYTES = 1 << 20
 
-_SOP_CLASS, _IMAGE_TYPE, _SERIES = 0x00080016, 0x00080008, 0x0020000E
+_SOP_CLASS, _IMAGE_TYPE, _SERIES, _MODALITY = 0x00080016, 0x00080008, 0x0020000E, 0x00080060
 _SYNTAX = 0x00020010
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 # Value representations with a 4-byte length behind two reserved bytes (PS3.5, 7.1.2).
@@ -30,6 +37,18 @@ class SeriesFile:
     sop_class: str
     image_type: str
     series: str
+    modality: str = ""
+
+    @property
+    def is_stack(self) -> bool:
+        """Tell whether the file is a slice, or all slices, of a volume: CT, MR, PET."""
+        return self.sop_class.removeprefix(_STORAGE) in _STACKS and bool(self.series)
+
+    @property
+    def is_x_ray(self) -> bool:
+        """Tell whether the file is a radiograph, or a secondary capture that calls itself one."""
+        kind = self.sop_class.removeprefix(_STORAGE)
+        return kind in _X_RAYS or (kind == _SECONDARY and self.modality in _X_RAY_MODALITIES)
 
     @property
     def is_slide(self) -> bool:
@@ -55,11 +74,11 @@ def read_header(path: str | os.PathLike[str]) -> SeriesFile | None:
     found: dict[int, str] = {}
     try:
         for tag, value in _elements(data):
-            if tag in (_SOP_CLASS, _IMAGE_TYPE, _SERIES):
+            if tag in (_SOP_CLASS, _IMAGE_TYPE, _SERIES, _MODALITY):
                 found[tag] = value.decode("ascii", "replace").rstrip("\0 ")
     except (struct.error, ValueError, RecursionError):
         return None
-    return SeriesFile(*(found.get(tag, "") for tag in (_SOP_CLASS, _IMAGE_TYPE, _SERIES)))
+    return SeriesFile(*(found.get(tag, "") for tag in (_SOP_CLASS, _IMAGE_TYPE, _SERIES, _MODALITY)))
 
 
 def _elements(data: bytes) -> Iterator[tuple[int, bytes]]:

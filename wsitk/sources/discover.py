@@ -23,6 +23,7 @@ __all__ = ["Discovery", "Input", "companions", "expand_inputs"]
 
 SLIDES = {".svs", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide"}
 IMAGES = {".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2"}
+VOLUMES = {".nii", ".nii.gz", ".nrrd", ".nhdr"}
 _UNSUPPORTED = {".czi": "CZI is not supported", ".zarr": "OME-Zarr is not supported"}
 _LONGEST = 200  # bytes of one component of a name, so that what is written beside it still fits
 
@@ -52,10 +53,10 @@ class _Found:
 
 
 def expand_inputs(inputs: Sequence[str | os.PathLike[str]]) -> Discovery:
-    """Return the slides and images behind files, folders (searched to the bottom) and glob patterns.
+    """Return the slides, volumes and images behind files, folders (searched to the bottom) and globs.
 
-    A file that was named is an input whatever it is; in folders and globs, what is no slide or image is
-    left out and counted. Names are paths below the inputs' common root, extension kept; a DICOM series is
+    A file that was named is an input whatever it is; in folders and globs, what is no slide, volume or image
+    is left out and counted. Names are paths below the inputs' common root, extension kept; a DICOM series is
     called by its folder if that holds nothing else, by its first file otherwise. Raises UsageError (WSI023)
     for a path that does not exist or a pattern that matches nothing.
     """
@@ -135,16 +136,27 @@ def _once(found: Sequence[_Found], skipped: dict[str, str]) -> list[_Found]:
 
 def _refusal(path: str) -> str:
     """Return why a file met in a folder is left out; empty if it is taken."""
-    suffix = os.path.splitext(path)[1].lower()
-    if suffix in SLIDES | IMAGES:
+    suffix = _suffix(path)
+    if suffix in SLIDES | IMAGES | VOLUMES:
         return "" if os.path.exists(path) else "a link to nothing"
     if suffix in _UNSUPPORTED:
         return _UNSUPPORTED[suffix]
-    if suffix in (".dcm", "") and os.path.isfile(path):
+    if _may_be_dicom(suffix) and os.path.isfile(path):
         header = _header(path)
         if header is not None:
-            return "" if header.is_slide else "DICOM, but not a slide"
+            known = header.is_slide or header.is_stack or header.is_x_ray
+            return "" if known else "DICOM, but no image that is read"
     return f"not a slide or image ({suffix})" if suffix else "not a slide or image"
+
+
+def _suffix(path: str) -> str:
+    """Return what a file's name ends in, in lower case; ``.nii.gz`` is one ending."""
+    return ".nii.gz" if path.lower().endswith(".nii.gz") else os.path.splitext(path)[1].lower()
+
+
+def _may_be_dicom(suffix: str) -> bool:
+    """Tell whether a name with this ending is worth a look: archives name files by their identifiers."""
+    return suffix in (".dcm", ".dicom", ".ima", "") or suffix[1:].isdecimal()
 
 
 def _header(path: str) -> SeriesFile | None:
@@ -166,11 +178,10 @@ def _without_parts(found: Sequence[_Found], skipped: dict[str, str]) -> list[tup
     series: dict[tuple[str, str], list[str]] = {}
     chosen: list[tuple[str, str]] = []
     for item in found:
-        suffix = os.path.splitext(item.path)[1].lower()
-        header = _header(item.path) if suffix in (".dcm", "") else None
+        header = _header(item.path) if _may_be_dicom(_suffix(item.path)) else None
         if os.path.realpath(item.path) in parts and not item.named:
             skipped[item.path] = "part of another slide"
-        elif header is not None and header.is_slide:
+        elif header is not None and (header.is_slide or header.is_stack):
             series.setdefault((os.path.dirname(item.path), header.series), []).append(item.path)
         else:
             chosen.append((item.path, ""))
@@ -229,17 +240,22 @@ def _escape(character: str) -> str:
 def companions(path: Path) -> list[Path]:
     """Return every file that a slide consists of, itself first.
 
-    An MRXS slide has a folder of its name, a VMS or VMU file lists its parts, a DICOM series is every file
-    of the folder with the same series identifier.
+    An MRXS slide has a folder of its name, a VMS or VMU file lists its parts, a detached NRRD header names its
+    voxels, a DICOM series is every file of the folder with the same series identifier.
     """
-    suffix = path.suffix.lower()
+    suffix = _suffix(str(path))
     if suffix == ".mrxs":
         folder = path.with_suffix("")
         return [path, *sorted(p for p in folder.rglob("*") if p.is_file())]
     if suffix in (".vms", ".vmu"):
         return [path, *_listed(path)]
-    header = _header(str(path)) if suffix in (".dcm", "") else None
-    if header is None or not header.is_slide:
+    if suffix in (".nrrd", ".nhdr"):
+        from wsitk.sources.nrrd import data_file
+
+        voxels = data_file(path)
+        return [path, Path(voxels)] if voxels else [path]
+    header = _header(str(path)) if _may_be_dicom(suffix) else None
+    if header is None or not (header.is_slide or header.is_stack):
         return [path]
     others = sorted(p for p in path.parent.iterdir() if p != path and p.is_file())
     return [path, *(p for p in others if (h := _header(str(p))) is not None and h.series == header.series)]

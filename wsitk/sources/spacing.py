@@ -46,18 +46,25 @@ def explicit(mpp: float | Sequence[float] | None, ndim: int) -> list[Spacing]:
 
 
 def judge(
-    name: str, candidates: Iterable[Spacing], looked_at: Sequence[str], ndim: int = 2
+    name: str,
+    candidates: Iterable[Spacing],
+    looked_at: Sequence[str],
+    ndim: int = 2,
+    *,
+    range_um: tuple[float, float] | None = None,
 ) -> tuple[Spacing | None, str]:
     """Return the first candidate if it can be true, or None and the one-line reason (WSI201, WSI202).
 
     For images of two dimensions the size must lie within 0.05 to 20 µm and its axes agree within 2 %; for
-    volumes it must lie within 1 µm to 20 mm.
+    volumes it must lie within 1 µm to 20 mm. `range_um` replaces these limits: a radiograph is flat, and has
+    a volume's pixels.
     """
     stated = next(iter(candidates), None)
     if stated is None:
         where = ", ".join(looked_at) or "the caller's arguments"
         return None, f"WSI201 {name}: no pixel size found (looked at {where}); give it, e.g. --mpp 0.25"
-    fault = _fault(stated.um, ndim)
+    limits = range_um or (SLIDE_RANGE_UM if ndim <= 2 else VOLUME_RANGE_UM)
+    fault = _fault(stated.um, ndim, limits)
     if not fault:
         return stated, ""
     values = " x ".join(f"{v:.6g}" for v in stated.um)
@@ -67,11 +74,11 @@ def judge(
     )
 
 
-def _fault(um: tuple[float, ...], ndim: int) -> str:
+def _fault(um: tuple[float, ...], ndim: int, limits: tuple[float, float]) -> str:
     """Return what is wrong with a pixel size; empty if nothing is."""
     if len(um) != ndim:
         return f"{len(um)} numbers for {ndim} axes"
-    low, high = SLIDE_RANGE_UM if ndim <= 2 else VOLUME_RANGE_UM
+    low, high = limits
     if not all(low <= v <= high for v in um):  # False for NaN too
         return f"which is not within {low:g} to {high:g}"
     if ndim == 2 and max(um) / min(um) - 1.0 >= MAX_ANISOTROPY:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import product
 from math import floor, prod
@@ -16,14 +17,81 @@ from wsitk.sources.base import Reading, Source
 from wsitk.sources.resample import Taps, apply_taps, halve, make_taps
 from wsitk.sources.spacing import require_spacing
 
-__all__ = ["WorkingImage"]
+__all__ = ["WorkingGrid", "WorkingImage"]
 
 MAX_UPSAMPLING = 2.5
 _PIECE_PIXELS = 1 << 24
 
 
+class WorkingGrid(ABC):
+    """Pixels on a grid of `shape`, and what lies beyond it; subclasses say what lies inside.
+
+    `border` is the image's mirror (without repeating the border pixel), `fill`, or nothing: with ``clip`` a
+    region is cut to the image, as a network padded with zeros in each layer wants it.
+    """
+
+    source: Source
+    border: Literal["reflect", "constant", "clip"]
+    fill: float
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @abstractmethod
+    def _inside(self, region: Region) -> Reading:
+        """Return a region that lies inside the grid."""
+
+    def read(self, region: Region) -> Reading:
+        """Return pixels (spatial..., C) of `dtype` over `region` in working pixels.
+
+        The region may reach beyond the image. `absent` marks working pixels inside the image of which
+        more than half is missing from the file. Raises SourceError (WSI111).
+        """
+        frame = Region((0,) * len(self.shape), self.shape)
+        if frame.contains(region):
+            return self._inside(region)
+        common = region.intersect(frame)
+        if self.border == "clip":
+            return self._inside(common)
+        places = [self._places(*axis) for axis in zip(region.start, region.stop, self.shape, strict=True)]
+        if self.border == "constant":
+            return self._on_fill(region, common)
+        box = Region.between((p.min() for p in places), (p.max() + 1 for p in places))
+        inside = self._inside(box)
+        index = np.ix_(*(p - a for p, a in zip(places, box.start, strict=True)))
+        absent = None
+        if inside.absent is not None and common.size:
+            absent = np.zeros(region.shape, np.bool_)
+            absent[common.slices(region.start)] = inside.absent[common.slices(box.start)]
+        return Reading(inside.pixels[index], _or_none(absent))
+
+    def _on_fill(self, region: Region, common: Region) -> Reading:
+        """Return what lies inside the image on a ground of `fill`."""
+        pixels = np.full((*region.shape, self.channels), self.fill, self.dtype)
+        if not common.size:
+            return Reading(pixels)
+        inside = self._inside(common)
+        pixels[common.slices(region.start)] = inside.pixels
+        absent = None
+        if inside.absent is not None:
+            absent = np.zeros(region.shape, np.bool_)
+            absent[common.slices(region.start)] = inside.absent
+        return Reading(pixels, absent)
+
+    @staticmethod
+    def _places(low: int, high: int, length: int) -> NDArray[np.int64]:
+        """Return, for each coordinate of one axis, the one inside the image that it mirrors."""
+        period = max(1, 2 * (length - 1))
+        folded = np.arange(low, high, dtype=np.int64) % period
+        return np.minimum(folded, period - folded) if length > 1 else folded
+
+    @property
+    def channels(self) -> int:
+        """Return the length of the last axis of what `read` returns."""
+        return len(self.source.channel_names) if "c" in self.source.axes else 1
+
+
 @final
-class WorkingImage:
+class WorkingImage(WorkingGrid):
     """A source resampled to `spacing` micrometres: the grid that tiles, objects and fields live on.
 
     It reads the coarsest level that is still as fine as `spacing`, and takes exact area means of it: a
@@ -66,7 +134,7 @@ class WorkingImage:
         *,
         tolerance: float = 0.05,
         border: Literal["reflect", "constant", "clip"] = "reflect",
-        fill: int = 255,
+        fill: float = 255,
     ) -> None:
         if spacing is not None and len(spacing) != source.ndim:
             raise UsageError("WSI021", f"{source.name}: {len(spacing)} spacings for {source.ndim} axes")
@@ -75,6 +143,7 @@ class WorkingImage:
         self.source = source
         self.border = border
         self.fill = fill
+        self.dtype = source.dtype
         self.warnings: tuple[str, ...] = ()
         self.level, self.factor = 0, (1.0,) * source.ndim
         if spacing is not None:
@@ -109,55 +178,6 @@ class WorkingImage:
                 "use a finer scan or a model for coarser pixels",
             )
         self.warnings = (f"WSI204 {text}: enlarged {times:.2f} times by linear interpolation",)
-
-    def read(self, region: Region) -> Reading:
-        """Return pixels (spatial..., C) of the source's type over `region` in working pixels.
-
-        The region may reach beyond the image. `absent` marks working pixels inside the image of which
-        more than half is missing from the file. Raises SourceError (WSI111).
-        """
-        frame = Region((0,) * len(self.shape), self.shape)
-        if frame.contains(region):
-            return self._inside(region)
-        common = region.intersect(frame)
-        if self.border == "clip":
-            return self._inside(common)
-        places = [self._places(*axis) for axis in zip(region.start, region.stop, self.shape, strict=True)]
-        if self.border == "constant":
-            return self._on_fill(region, common)
-        box = Region.between((p.min() for p in places), (p.max() + 1 for p in places))
-        inside = self._inside(box)
-        index = np.ix_(*(p - a for p, a in zip(places, box.start, strict=True)))
-        absent = None
-        if inside.absent is not None and common.size:
-            absent = np.zeros(region.shape, np.bool_)
-            absent[common.slices(region.start)] = inside.absent[common.slices(box.start)]
-        return Reading(inside.pixels[index], _or_none(absent))
-
-    def _on_fill(self, region: Region, common: Region) -> Reading:
-        """Return what lies inside the image on a ground of `fill`."""
-        pixels = np.full((*region.shape, self.channels), self.fill, self.source.dtype)
-        if not common.size:
-            return Reading(pixels)
-        inside = self._inside(common)
-        pixels[common.slices(region.start)] = inside.pixels
-        absent = None
-        if inside.absent is not None:
-            absent = np.zeros(region.shape, np.bool_)
-            absent[common.slices(region.start)] = inside.absent
-        return Reading(pixels, absent)
-
-    @staticmethod
-    def _places(low: int, high: int, length: int) -> NDArray[np.int64]:
-        """Return, for each coordinate of one axis, the one inside the image that it mirrors."""
-        period = max(1, 2 * (length - 1))
-        folded = np.arange(low, high, dtype=np.int64) % period
-        return np.minimum(folded, period - folded) if length > 1 else folded
-
-    @property
-    def channels(self) -> int:
-        """Return the length of the last axis of what `read` returns."""
-        return len(self.source.channel_names) if "c" in self.source.axes else 1
 
     def _inside(self, region: Region) -> Reading:
         """Return a region inside the image, computed in pieces that bound the memory."""

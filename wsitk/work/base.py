@@ -78,7 +78,7 @@ def cost_of_a_tile(predictor: Predictor, spec: ModelSpec) -> float:
     """Return the seconds that the network takes for a tile: a blank group is run twice, the second is timed."""
     import time
 
-    blank = [np.full((*spec.tile, spec.channels), 255, spec.dtype or "uint8")] * spec.compute_batch
+    blank = [np.full((*spec.tile, spec.channels), 255, spec.tile_dtype or "uint8")] * spec.compute_batch
     seconds = 0.0
     for _ in range(2):
         began = time.perf_counter()
@@ -91,5 +91,5 @@ def cost_of_a_tile(predictor: Predictor, spec: ModelSpec) -> float:
 
 def slot_bytes(spec: ModelSpec) -> int:
     """Return the room that a tile of any type takes, with a mask of what is absent; `spec` is resolved."""
-    widest = np.dtype(spec.dtype).itemsize if spec.dtype else 8
+    widest = np.dtype(spec.tile_dtype).itemsize if spec.tile_dtype else 8
     return prod(spec.tile) * (spec.channels * widest + 1)

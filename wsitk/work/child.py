@@ -78,8 +78,8 @@ class _Desk:
             predictor,
             workers=order.settings.workers or 1,
             groups=order.settings.batch,
-            open_image=lambda ref: reader.image(
-                "wsitk.plan:tile_image", ref, resolve_spec(model.spec, order.settings)
+            open_image=lambda task: reader.image(
+                "wsitk.plan:tile_image", task.source, resolve_spec(model.spec, order.settings), task.view
             ),
             store=lambda name: BlockStore(order.out / name),
             on_tile=lambda: connection.send(("tick",)),

@@ -12,7 +12,6 @@ from wsitk.model import TileModel
 from wsitk.reading.server import TileImage
 from wsitk.record import peak_memory_mib
 from wsitk.settings import Settings
-from wsitk.sources.base import SourceRef
 from wsitk.work.base import Work, cost_of_a_tile, ready
 from wsitk.worker import BlockWorker
 
@@ -24,7 +23,7 @@ class WorkHere(Work):
     """Runs a model object. A crash of the model is a crash of the caller."""
 
     def __init__(
-        self, model: TileModel, settings: Settings, out: Path, open_image: Callable[[SourceRef], TileImage]
+        self, model: TileModel, settings: Settings, out: Path, open_image: Callable[[BlockTask], TileImage]
     ) -> None:
         self._model = model
         self._settings = settings

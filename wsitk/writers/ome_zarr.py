@@ -96,6 +96,7 @@ def write_maps(
     kind: Kind = "image",
     name: str = "maps",
     notes: Mapping[str, Any] | None = None,
+    image_label: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> tuple[MapLevel, ...]:
     """Write a multiscale NGFF 0.5 image and return its levels.
@@ -115,6 +116,8 @@ def write_maps(
         frequent value.
     notes
         Stored as the group's attribute ``wsitk``: what the values mean, which model made them.
+    image_label
+        For labels: NGFF's ``image-label``, with colours and names of the values.
 
     Raises OutputError: WSI510 to WSI512 as `atomic_dir`, WSI513 if `read_region` gives another shape or
     dtype, WSI514 if the arguments contradict each other.
@@ -136,7 +139,7 @@ def write_maps(
                 coarser[_at(region)] = _shrunk_shard(finer, coarser, region, steps, kind)
             finer = coarser
         # last, so that even a partial folder that someone renames by hand is no image without all levels
-        group.attrs.put(_attributes(levels, channels, kind, name, notes or {}))
+        group.attrs.put(_attributes(levels, channels, kind, name, notes or {}, image_label or {}))
     return levels
 
 
@@ -288,6 +291,7 @@ def _attributes(
     kind: Kind,
     name: str,
     notes: Mapping[str, Any],
+    image_label: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the group's attributes: `ome` as NGFF 0.5 has it, and our own."""
     head = [1.0] if kind == "image" else []
@@ -316,7 +320,7 @@ def _attributes(
     if kind == "image":
         ome["omero"] = {"channels": [_omero(c) for c in channels]}
     else:
-        ome["image-label"] = {}
+        ome["image-label"] = dict(image_label)
     return {"ome": ome, "wsitk": dict(notes)}
 
 

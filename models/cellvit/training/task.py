@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from wsitk.errors import UsageError
+from wsitk.models.cellvit.compact import FOLD
 from wsitk.models.cellvit.postprocess import HoverSettings
 from wsitk.models.cellvit.training import build
 from wsitk.models.cellvit.training.augment import RECIPES, Recipe, make_crop
@@ -249,5 +250,5 @@ def _flatness(config: TrainConfig, network: nn.Module) -> FlatnessPenalty | None
         return None
     branch = network.get_submodule("nuclei_binary_map_decoder")
     layers = [m for m in branch.modules() if isinstance(m, nn.Conv2d)]
-    shuffle = 2 if config.network.arch == build.COMPACT else 1
+    shuffle = FOLD if config.network.arch == build.COMPACT else 1
     return FlatnessPenalty(RelativeFlatness(layers[-1], shuffle=shuffle), config.fam)

@@ -37,6 +37,7 @@ class Validation:
     dtype: torch.dtype = torch.float32
     images: int = 0
 
+    @torch.inference_mode()
     def scores(self, network: nn.Module, held_out: Dataset) -> dict[str, float]:
         """Return ``pq``, ``dq``, ``sq`` pooled over images, ``bpq`` as their mean, and ``pq_NAME`` of each type.
 
