@@ -226,6 +226,9 @@ def test_a_killed_and_resumed_training_has_the_bits_of_an_unbroken_one(
     model = from_folder(tmp_path / "whole")
     assert model.spec.spacing == (0.5, 0.5)
     assert not any(name.endswith(".down") for name in model.network.state_dict())
+    prepared = prepare([patches], config)
+    scores = prepared.task.validation.scores(model.network, prepared.held_out)
+    assert scores == pytest.approx(card["measured"]["held_out"], abs=0.02)
 
 
 def test_what_learns_is_what_the_settings_say(patches: Path) -> None:
@@ -370,7 +373,11 @@ def test_a_classifier_learns_types_on_frozen_tokens(patches: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_training_overfits_eight_patches(data: Path, tmp_path: Path) -> None:
-    """From the shipped weights, eight patches of 256 px are learned by heart."""
+    """From the shipped weights, eight patches of CoNSeP are learned by heart, at 0.5 µm/px.
+
+    The post-processing of the recipe cannot show it: given the truth itself as the network's maps, it finds a PQ of
+    0.90 here, since it smooths, and leaves out what is small or cut by the patch's edge; with these settings 0.97.
+    """
     folder = data / "data" / "nuclei" / "consep256" / "train"
     for name in ("images", "masks"):
         (tmp_path / "eight" / name).mkdir(parents=True)
@@ -379,11 +386,15 @@ def test_training_overfits_eight_patches(data: Path, tmp_path: Path) -> None:
         (tmp_path / "eight" / "masks" / f"{path.stem}.npz").symlink_to(path.with_suffix(".npz"))
     (tmp_path / "eight" / "classes.toml").write_text("spacing_um = 0.25\n")
     settings = [
-        "network.start=cellvit", "data.spacing_um=0.25", "data.crop=256", "data.batch=4", "data.mosaic=0",
-        "data.augment.recipe=none", "data.held_out=0", "fit.steps=400", "fit.average=none", "fit.learning_rate=2e-3",
-        "network.encoder_rate=1", "fit.weight_decay=0", "fit.precision=bfloat16", "fit.threads=2", "fit.save_every=100",
+        "network.start=cellvit", "data.spacing_um=0.5", "data.crop=128", "data.batch=8", "data.mosaic=0",
+        "data.augment.recipe=none", "data.held_out=0", "fit.steps=240", "fit.average=none", "fit.learning_rate=4e-3",
+        "network.encoder_rate=1", "fit.weight_decay=0", "fit.precision=bfloat16", "fit.threads=1", "fit.save_every=120",
+        "postprocessing.threshold=0.5", "postprocessing.slope_sigma_um=0.4", "postprocessing.open_um=0",
+        "postprocessing.min_marker_um2=1", "postprocessing.min_object_um2=1",
     ]  # fmt: skip
     prepared = prepare([tmp_path / "eight"], read_config(None, settings))
+    before = prepared.task.validation.scores(prepared.task.network.eval(), prepared.training)
     train(prepared, tmp_path / "out")
     scores = prepared.task.validation.scores(from_folder(tmp_path / "out").network, prepared.training)
+    assert before["pq"] < 0.7
     assert scores["pq"] > 0.9
