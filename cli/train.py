@@ -131,6 +131,8 @@ def _show(facts: Mapping[str, Any], as_json: bool) -> None:
             else ", ".join(map(str, value))
             if isinstance(value, list)
             else f"{value:,}"
+            if isinstance(value, int | float)
+            else str(value)
         )
         typer.echo(f"{name.replace('_', ' '):<22} {said or 'none'}")
 

@@ -94,7 +94,7 @@ def test_defaults_are_those_of_settings() -> None:
     assert not missing, f"settings without an option: {missing}"
     for field in fields(Settings):
         said = offered[field.name]
-        if field.name == "roi":
+        if field.name in ("roi", "part"):
             said = said or None
         assert said == getattr(plain, field.name), field.name
 
@@ -296,7 +296,7 @@ def test_dry_run_writes_nothing(call: Call, data: Path, tmp_path: Path) -> None:
     assert code == 1
     assert plan["input"] == "cmu-1-small-region.svs"
     assert plan["tiles"] > 0
-    assert plan["spacing_um"] == pytest.approx([0.5, 0.5], rel=0.05)
+    assert plan["spacing_um"] == pytest.approx([0.25, 0.25], rel=0.05)
     assert {fact["code"] for fact in facts if fact.get("input") == "slide.tiff"} == {"WSI202"}
     assert not (tmp_path / "out").exists()
 
@@ -306,13 +306,17 @@ def test_every_option_arrives_in_the_settings(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("wsitk.cli.run.execute", lambda m, i, o, settings, **more: arrived.append(settings))
     words = (
         "run m in -o out --tile 512 --halo 32 --roi 1,2,3,4 --tissue none --precision bfloat16 --threads 3 --block 2 "
-        "--device cpu --batch 4 --workers 5 --max-unreadable 0.5 --overwrite --no-maps --no-geojson --no-preview"
+        "--device cpu --batch 4 --workers 5 --max-unreadable 0.5 --overwrite --no-maps --no-geojson --no-preview "
+        "--no-supervise --deadline 9 --read-deadline 8 --max-ram 7 --part 1/6"
     )
     result = CliRunner().invoke(app, words.split())
     assert result.exit_code == 0, result.output
     assert arrived == [
-        Settings(512, 32, (1, 2, 3, 4), "none", "bfloat16", 3, 2, "cpu", 4, 5, 0.5, True, False, False, False)
-    ]
+        Settings(
+            512, 32, (1, 2, 3, 4), "none", "bfloat16", 3, 2, "cpu", 4, 5, 0.5, False, 9.0, 8.0, 7.0, (1, 6),
+            True, False, False, False,
+        )
+    ]  # fmt: skip
     assert all(getattr(arrived[0], f.name) != f.default for f in fields(Settings))
 
 

@@ -202,7 +202,7 @@ def test_error_codes_and_their_page_agree() -> None:
 
 RANGE = {
     "UsageError": "[089]",
-    "SourceError": "[18]",
+    "SourceError": "[189]",
     "SpacingError": "2",
     "ModelError": "3",
     "WorkError": "[48]",

@@ -81,7 +81,7 @@ def test_the_shipped_network_in_a_folder_predicts_as_the_shipped_model(folder: P
     write_folder(
         folder,
         ours.network.state_dict(),
-        spacing_um=0.5,
+        spacing_um=0.25,
         classes=[{"name": "Nucleus", "color": [1, 2, 3]}],
         network={"arch": "compact"},
         normalisation=norm,

@@ -85,7 +85,10 @@ def test_sdist_holds_no_links(wheel: Path) -> None:
 def test_what_is_imported_is_declared() -> None:
     """A package that comes along with another one today may not do so tomorrow."""
     with open(ROOT / "pyproject.toml", "rb") as file:
-        declared = {re.split(r"[\[<>=! ]", line)[0] for line in tomllib.load(file)["project"]["dependencies"]}
+        project = tomllib.load(file)["project"]
+    extras = {k: v for k, v in project["optional-dependencies"].items() if k != "dev"}
+    lines = [*project["dependencies"], *(line for extra in extras.values() for line in extra)]
+    declared = {re.split(r"[\[<>=! ]", line)[0].lower().replace("_", "-") for line in lines}
     imported: dict[str, str] = {}
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*.py"):
@@ -96,5 +99,5 @@ def test_what_is_imported_is_declared() -> None:
     homes = packages_distributions()
     for name, where in imported.items():
         if name not in sys.stdlib_module_names and name != "wsitk":
-            ours = {d.lower() for d in homes.get(name, [name])}
+            ours = {d.lower().replace("_", "-") for d in homes.get(name, [name])}
             assert ours & declared, f"{where} imports {name}; declare {' or '.join(ours)} in pyproject.toml"

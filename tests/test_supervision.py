@@ -191,7 +191,7 @@ def test_the_reader_answers_and_imports_no_torch() -> None:
 def test_a_request_that_kills_its_reader_is_given_up_and_the_others_go_on() -> None:
     deaths: list[str] = []
     with ReaderProcess(on_death=lambda death: deaths.append(death.reason)) as reader:
-        with pytest.raises(SourceError, match=r"WSI401 .*3 times.*signal 6"):
+        with pytest.raises(SourceError, match=r"WSI151 .*3 times.*signal 6"):
             reader.call("dying:abort")
         assert reader.call("dying:twice", 4) == 8
     assert len(deaths) == 3
@@ -199,7 +199,7 @@ def test_a_request_that_kills_its_reader_is_given_up_and_the_others_go_on() -> N
 
 def test_a_request_that_hangs_is_given_up() -> None:
     with ReaderProcess(deadline=2.0) as reader:
-        with pytest.raises(SourceError, match=r"WSI401 .*deadline"):
+        with pytest.raises(SourceError, match=r"WSI151 .*deadline"):
             reader.call("dying:sleep")
         assert reader.call("dying:twice", 4) == 8
 
@@ -219,7 +219,7 @@ def test_one_place_that_kills_is_found_among_many_read_at_once() -> None:
         futures = {r: pool.submit(image.read, r) for r in regions}
         for region, future in futures.items():
             if region.start == (16, 32):
-                with pytest.raises(SourceError, match="WSI401"):
+                with pytest.raises(SourceError, match="WSI151"):
                     future.result()
             else:
                 assert (future.result().pixels == region.start[1] % 251).all()

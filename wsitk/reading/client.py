@@ -169,7 +169,7 @@ class ReaderProcess:
         return RemoteImage(self, recipe)
 
     def read(self, recipe: bytes, region: Region) -> Reading:
-        """Return a region of an image; raises SourceError, WSI401 if it kills every reader."""
+        """Return a region of an image; raises SourceError, WSI151 if it kills every reader."""
         if not self._slots.count:
             raise ValueError("a reader without slots cannot read tiles; give slot_bytes")
         slot = self._slots.free.get()
@@ -190,7 +190,7 @@ class ReaderProcess:
                     last = died.death
             if deaths == (DEATHS if last.cause != "deadline" else DEATHS - 1):
                 raise SourceError(
-                    "WSI401", f"the reading process died {deaths} times here ({last.reason}); set aside"
+                    "WSI151", f"the reading process died {deaths} times here ({last.reason}); set aside"
                 )
         raise AssertionError("unreachable")
 
