@@ -309,7 +309,7 @@ def test_large_images_pass_in_windows_and_each_cell_once(
 def test_the_compact_network_has_tokens_too() -> None:
     network = compact_cellvit().eval()
     with torch.inference_mode():
-        assert encoder_tokens(network, torch.zeros(1, 3, 128, 256)).shape == (1, 320, 8, 16)
+        assert encoder_tokens(network, torch.zeros(1, 3, 256, 512)).shape == (1, 320, 8, 16)
     with pytest.raises(UsageError, match="WSI895"):
         encoder_tokens(torch.nn.Identity(), torch.zeros(1, 3, 16, 16))
 

@@ -31,7 +31,7 @@ ENCODERS: dict[str, tuple[Callable[[], nn.Module], int, int, int]] = {
     "vit": (lambda: build_encoder(TINY_VIT), 32, 8, 16),
     "sam": (lambda: build_encoder(TINY_SAM), 64, 8, 16),
     "timm": (lambda: build_encoder(TINY_TIMM), 28, 8, 16),
-    "compact": (TinyViTEncoder, 128, 20, 40),
+    "compact": (TinyViTEncoder, 256, 20, 40),
 }
 CONFIG = LoraConfig(rank=3, alpha=6.0)
 
