@@ -90,9 +90,9 @@ class Display:
         )
         self._progress.advance(self._task, event.facts["tiles_done"])
         resumed = f", {event.facts['tiles_done']} done before" if event.facts["tiles_done"] else ""
-        text = (
-            f"{event.input}: {event.facts['tissue_mm2']} mm² of tissue, {event.facts['tiles']} tiles{resumed}"
-        )
+        area = event.facts["tissue_mm2"]
+        tissue = f"{area} mm² of tissue, " if area else ""
+        text = f"{event.input}: {tissue}{event.facts['tiles']} tiles{resumed}"
         self._say(text)
         for warning in event.facts["warnings"]:
             self._say(f"  {warning}")
@@ -116,7 +116,7 @@ class Display:
 
     def _ended(self, event: Event) -> None:
         count = sum(event.facts["objects"].values())
-        said = f"{count:,} objects" if event.facts["status"] != "failed" else ""
+        said = f"{count:,} objects" if event.facts["objects"] and event.facts["status"] != "failed" else ""
         parts = (event.facts["status"], said, event.facts["code"], event.facts["message"])
         self._say(f"{event.input}: {' '.join(p for p in parts if p)}")
 
@@ -132,7 +132,7 @@ class Display:
                 row.status if not row.code else f"{row.status} {row.code}",
                 f"{row.spacing_um:.4f}" if row.spacing_um else "",
                 f"{row.tissue_mm2:.1f}" if row.tissue_mm2 is not None else "",
-                f"{sum(row.objects.values()):,}" if row.status != "failed" else "",
+                f"{sum(row.objects.values()):,}" if row.objects and row.status != "failed" else "",
                 f"{row.seconds['total']:.0f}" if "total" in row.seconds else "",
             )
         self._console.print(table, highlight=False, markup=False)

@@ -8,6 +8,7 @@ BUILTIN: dict[str, str] = {
     "cellvit": "wsitk.models.cellvit.model:default_model",
     "cellvit-256": "wsitk.models.cellvit.model:cellvit_256",
     "cellvit-sam-h": "wsitk.models.cellvit.model:cellvit_sam_h",
+    "hippocampus": "wsitk.models.hippocampus.model:default_model",
     "pet-ct-annotate": "wsitk.models.pet_ct_annotate.model:pet_ct_annotate",
     "pet-ct-annotate-proposals": "wsitk.models.pet_ct_annotate.model:proposals",
     "stunet-small": "wsitk.models.stunet.model:stunet_small",

@@ -312,7 +312,7 @@ def test_labels_lie_on_an_oblique_anisotropic_nifti(scan: Path, tmp_path: Path) 
         count = int((labels == value).sum())
         assert facts[name]["voxels"] == count
         assert facts[name]["volume_mm3"] == pytest.approx(count * 2.5 * 0.8 * 0.8, rel=1e-5)
-    assert result.provenance["objects"] == {n: facts[n]["voxels"] for n in NAMES[1:]}
+    assert result.provenance["objects"] == {}
     # an array says the same, it only has no place in space
     pixels = np.asarray(nibabel.load(scan).dataobj).transpose(2, 1, 0)
     memory = open_source(pixels, axes="zyx", mpp=(2500.0, 800.0, 800.0))

@@ -96,7 +96,6 @@ def finish(
     if spec.labels:
         load = _loader(journal, committed, f"labels:{spec.labels[0].name}:", LabelPart.from_arrays)
         volumes = write_labels(plan, spec, label_merger(plan, spec.labels[0], load), folder)
-        counts = counts or {name: facts["voxels"] for name, facts in volumes.items()}
     if settings.maps and _map_fields(spec):
         _write_maps(plan, spec, journal, committed, folder, density if spec.objects else None)
     write_ledger(

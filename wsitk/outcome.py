@@ -37,13 +37,19 @@ def done_row(
         message=message,
         spacing_um=plan.spacing.mean if plan.spacing else None,
         spacing_provenance=plan.spacing.provenance if plan.spacing else "",
-        tissue_mm2=plan.tissue_mm2 if plan.spacing else None,
+        tissue_mm2=_tissue(plan),
         tiles=tiles,
         objects=record["objects"],
+        voxels={name: facts["voxels"] for name, facts in record.get("labels", {}).items()},
         seconds=seconds,
         peak_mib=peak_mib,
         exit_code=int(gaps),
     )
+
+
+def _tissue(plan: Plan) -> float | None:
+    """Return the tissue of a slide in mm²; None where there is no saying, and for volumes."""
+    return plan.tissue_mm2 if plan.spacing and len(plan.scale) == 2 else None
 
 
 def partial_row(plan: Plan, done: int, blocks: int) -> InputRow:
@@ -54,7 +60,7 @@ def partial_row(plan: Plan, done: int, blocks: int) -> InputRow:
         message=f"{done} of {blocks} blocks are done; the last of the parts writes the results",
         spacing_um=plan.spacing.mean if plan.spacing else None,
         spacing_provenance=plan.spacing.provenance if plan.spacing else "",
-        tissue_mm2=plan.tissue_mm2 if plan.spacing else None,
+        tissue_mm2=_tissue(plan),
     )
 
 

@@ -76,8 +76,8 @@ class Plan:
 
     @property
     def tissue_mm2(self) -> float:
-        """Return the area of tissue in the extent, in mm²; 0 where the spacing is unknown."""
-        if self.spacing is None:
+        """Return the area of tissue in the extent, in mm²; 0 where the spacing is unknown, and for volumes."""
+        if self.spacing is None or len(self.scale) != 2:
             return 0.0
         return self.tissue.area_um2(self.spacing.um, self.level0(self.grid.extent)) / 1e6
 
