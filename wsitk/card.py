@@ -99,7 +99,7 @@ def card_problems(content: Mapping[str, Any]) -> list[str]:
     if "official" not in content:
         return list(_fields(content, MANDATORY, OPTIONAL, ""))
     mandatory = {k: v for k, v in MANDATORY.items() if k not in OF_SHIPPED}
-    optional = {**OPTIONAL, "spacing_um": MANDATORY["spacing_um"], "official": _official}
+    optional: dict[str, Check] = {**OPTIONAL, "spacing_um": MANDATORY["spacing_um"], "official": _official}
     return list(_fields(content, mandatory, optional, ""))
 
 

@@ -107,8 +107,9 @@ def _names(metadata: Mapping[str, Any], count: int) -> tuple[str, ...]:
         here = here.get(key, {}) if isinstance(here, Mapping) else {}
     # a single output is what is looked for, though bundles describe it as 0 and 1
     first = int(count == 1 and isinstance(here, Mapping) and "1" in here)
-    names = [here.get(str(k + first)) for k in range(count)] if isinstance(here, Mapping) else []
-    if all(isinstance(n, str) and n.strip() for n in names) and len(set(names)) == len(names) == count:
+    given = [here.get(str(k + first)) for k in range(count)] if isinstance(here, Mapping) else []
+    names = [n for n in given if isinstance(n, str) and n.strip()]
+    if len(set(names)) == len(names) == count:
         return tuple(names)
     return ("background", *(f"label {k}" for k in range(1, count))) if count > 1 else ("label 1",)
 
