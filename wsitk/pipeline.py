@@ -294,7 +294,7 @@ class Runner:
             if journal.finished:
                 journal.forget_blocks()  # a kill may have come between the last file and this
                 journal.close()
-                self._already_done(plan, folder)
+                self._end(self._done_row(plan, folder, {}))
                 return None
             job = Job(plan, folder, journal, self._planner.access(plan.ref), part)
             self._jobs[plan.name] = job
@@ -374,9 +374,6 @@ class Runner:
         job.seconds["finish"] = time.perf_counter() - began
         job.seconds["total"] = time.perf_counter() - job.began
         return self._done_row(job.plan, job.folder, job.seconds)
-
-    def _already_done(self, plan: Plan, folder: Path) -> None:
-        self._end(self._done_row(plan, folder, {}))
 
     def _done_row(self, plan: Plan, folder: Path, seconds: Mapping[str, float]) -> InputRow:
         record = read_json(folder / "provenance.json")
