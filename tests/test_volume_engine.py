@@ -326,7 +326,7 @@ def test_a_process_of_its_own_gives_the_same_bytes(scan: Path, tmp_path: Path) -
         chosen = Settings(**PLAIN, supervise=supervise)
         (row,) = Runner(ModelRef("volume_models:organs"), out, chosen).run([Input("ct", str(scan))])
         assert row.status == "done", row.message
-        assert row.objects["liver"] > 0
+        assert row.voxels["liver"] > 0
         trees.append(tree(out / "ct"))
     assert trees[0] == trees[1]
 
