@@ -18,12 +18,11 @@ if TYPE_CHECKING:
     from wsitk.pipeline import Event
     from wsitk.record import InputRow
 
-__all__ = ["Display", "JsonLines"]
+__all__ = ["Display", "JsonLines", "JsonStream"]
 
 
-@final
-class JsonLines:
-    """Says every event as one line of JSON on stdout."""
+class JsonStream:
+    """Base of what says every event as one line of JSON on stdout."""
 
     def __enter__(self) -> Self:
         return self
@@ -31,6 +30,15 @@ class JsonLines:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+    def _say(self, fact: object) -> None:
+        sys.stdout.write(json.dumps(fact) + "\n")
+        sys.stdout.flush()
+
+
+@final
+class JsonLines(JsonStream):
+    """Says every event of a run as one line of JSON on stdout."""
 
     def event(self, event: Event) -> None:
         """Print one event."""
@@ -40,10 +48,6 @@ class JsonLines:
         """Print the totals and where to look."""
         done = sum(row.status == "done" for row in rows)
         self._say({"event": "finished", "inputs": len(rows), "done": done, "out": str(out)})
-
-    def _say(self, fact: object) -> None:
-        sys.stdout.write(json.dumps(fact) + "\n")
-        sys.stdout.flush()
 
 
 @final

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Self, final
 
 import typer
+
+from wsitk.cli.display import JsonStream
 
 if TYPE_CHECKING:
     from wsitk.training.fit import Outcome
@@ -138,15 +139,8 @@ def _show(facts: Mapping[str, Any], as_json: bool) -> None:
 
 
 @final
-class JsonLines:
+class JsonLines(JsonStream):
     """Says every event as one line of JSON on stdout, but for single steps."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
 
     def event(self, kind: str, facts: Mapping[str, Any]) -> None:
         """Print one event."""
@@ -157,10 +151,6 @@ class JsonLines:
         """Print how it ended."""
         self._say({"event": "finished", "status": outcome.status, "step": outcome.step, "out": str(out),
                    "held_out": dict(outcome.scores)})  # fmt: skip
-
-    def _say(self, fact: object) -> None:
-        sys.stdout.write(json.dumps(fact) + "\n")
-        sys.stdout.flush()
 
 
 @final

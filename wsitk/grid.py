@@ -18,6 +18,7 @@ from itertools import pairwise, product
 from math import ceil, prod
 
 from wsitk.geometry import Region
+from wsitk.volumes.nnunet_rules import tile_starts
 
 __all__ = ["Block", "Line", "Tile", "TileGrid"]
 
@@ -113,10 +114,8 @@ class TileGrid:
         the k-th beginning at round(k * (size - tile) / (n - 1)). An extent shorter than the tile gets one
         window around its middle, and the source pads.
         """
-        starts = tuple(
-            tuple(a + k for k in _even_starts(n, t, step))
-            for a, n, t in zip(extent.start, extent.shape, tile, strict=True)
-        )
+        inside = tile_starts(extent.shape, tile, step)
+        starts = tuple(tuple(a + k for k in places) for a, places in zip(extent.start, inside, strict=True))
         zero = (0,) * extent.ndim
         return cls(extent, tile, zero, zero, block or (1,) * extent.ndim, starts)
 
@@ -231,13 +230,3 @@ class TileGrid:
         for k, b, n in zip(self.position(tile), self.block, self.block_counts, strict=True):
             index = index * n + k // b
         return index
-
-
-def _even_starts(size: int, tile: int, step: float) -> list[int]:
-    """Return where windows of `tile` begin along an axis of `size`."""
-    room = size - tile
-    if room <= 0:
-        return [-(-room // 2)]
-    intervals = ceil(room / (tile * step))
-    apart = room / intervals  # rounded before it is multiplied, as nnU-Net does: that decides some ties
-    return [round(k * apart) for k in range(intervals + 1)]

@@ -11,7 +11,7 @@ from wsitk.card import Card, read_card
 from wsitk.errors import ModelError
 from wsitk.model import Licences, ModelSpec, ObjectClass
 from wsitk.models.hippocampus.network import CLASSES, NORMALISE, narrow_stunet
-from wsitk.models.nnunet.volume import VolumeModel, label_field
+from wsitk.models.nnunet.volume import VolumeModel, label_field, volume_spec
 from wsitk.models.stunet.network import STUNet
 from wsitk.torchfile import checked_state, read_tensors
 
@@ -66,22 +66,18 @@ def _network(card: Card) -> STUNet:
 
 def _spec(card: Card, mirror: bool) -> ModelSpec:
     content = card.content
-    return ModelSpec(
-        name=card.name,
-        version=f"{card.version} mirrored" if mirror else card.version,
-        spacing=(float(content["spacing_um"]),) * 3,
+    return volume_spec(
+        card.name,
+        f"{card.version} mirrored" if mirror else card.version,
+        spacing_um=(float(content["spacing_um"]),) * 3,
+        spacing_tolerance=0.05,
         tile=TILE,
-        halo=(0, 0, 0),
-        align=(1, 1, 1),
         channels=1,
-        dtype="",
-        border="constant",
-        fill=0.0,
-        step=0.5,
-        interpolation="cubic",
-        normalise=(NORMALISE,),
-        fields=(label_field(CLASSES, softmax=True),),
+        intensities=(NORMALISE,),
+        crop=False,
+        labels=label_field(CLASSES, softmax=True),
         classes=tuple(ObjectClass(c["name"], tuple(c["color"])) for c in content["classes"]),
+        step=0.5,
         weights_sha256=card.sha256,
         licences=Licences("Apache-2.0", content["licence"], content["data_licence"], True),
     )

@@ -18,7 +18,7 @@ from wsitk.model import Licences, ModelSpec
 from wsitk.models.nnunet.labels import label_classes
 from wsitk.models.nnunet.network import architecture, build_unet, load_into
 from wsitk.models.nnunet.plans import Labels, Plan, configuration_of, labels_of, plan_of, read_json
-from wsitk.models.nnunet.volume import VolumeModel, label_field
+from wsitk.models.nnunet.volume import VolumeModel, label_field, volume_spec
 from wsitk.torchfile import TensorFile, read_tensors
 
 __all__ = ["from_folder"]
@@ -136,25 +136,17 @@ def _spec(
 ) -> ModelSpec:
     texts = [(path / name).read_bytes() for name in ("plans.json", "dataset.json")]
     identity = [*(file.sha256 for file in files), *(hashlib.sha256(text).hexdigest() for text in texts)]
-    return ModelSpec(
-        name=path.resolve().parent.name or path.resolve().name,
-        version=f"{configuration} {folds}",
-        spacing=plan.spacing_um,
+    return volume_spec(
+        path.resolve().parent.name or path.resolve().name,
+        f"{configuration} {folds}",
+        spacing_um=plan.spacing_um,
         tile=plan.patch,
-        halo=(0, 0, 0),
-        align=(1, 1, 1),
         channels=len(plan.channels),
-        dtype="",
-        spacing_tolerance=0.0,
-        border="constant",
-        fill=0.0,
-        step=step,
-        interpolation="cubic",
-        crop=True,
-        normalise=plan.intensities,
+        intensities=plan.intensities,
         normalise_first=True,
-        fields=(label_field(labels.channels, softmax=False, regions=labels.regions),),
+        labels=label_field(labels.channels, softmax=False, regions=labels.regions),
         classes=label_classes(labels.names),
+        step=step,
         weights_sha256=hashlib.sha256("".join(identity).encode()).hexdigest(),
         licences=Licences("Apache-2.0", UNKNOWN, UNKNOWN),
     )

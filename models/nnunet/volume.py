@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wsitk.model import ChunkedModel, FieldSpec, ModelSpec
+from wsitk.model import ChunkedModel, FieldSpec, Licences, ModelSpec, ObjectClass
+from wsitk.volumes.nnunet_rules import IntensityRule
 
-__all__ = ["FIELD", "DenseNetwork", "Folds", "VolumeModel", "flips", "label_field"]
+__all__ = ["FIELD", "DenseNetwork", "Folds", "VolumeModel", "flips", "label_field", "volume_spec"]
 
 FIELD = "labels"
 """The one dense output."""
@@ -68,6 +69,48 @@ def label_field(
         regions=regions,
         threshold=0.0 if regions else 0.5,
         activation="softmax" if softmax else "",
+    )
+
+
+def volume_spec(
+    name: str,
+    version: str,
+    *,
+    spacing_um: tuple[float, ...],
+    tile: tuple[int, ...],
+    channels: int,
+    intensities: tuple[IntensityRule, ...],
+    labels: FieldSpec,
+    classes: tuple[ObjectClass, ...],
+    step: float,
+    weights_sha256: str,
+    licences: Licences,
+    spacing_tolerance: float = 0.0,
+    crop: bool = True,
+    normalise_first: bool = False,
+) -> ModelSpec:
+    """Return what the family wants of the engine: sliding windows, cubic splines, zeros beyond the border."""
+    return ModelSpec(
+        name=name,
+        version=version,
+        spacing=spacing_um,
+        tile=tile,
+        halo=(0, 0, 0),
+        align=(1, 1, 1),
+        channels=channels,
+        dtype="",
+        spacing_tolerance=spacing_tolerance,
+        border="constant",
+        fill=0.0,
+        step=step,
+        interpolation="cubic",
+        crop=crop,
+        normalise=intensities,
+        normalise_first=normalise_first,
+        fields=(labels,),
+        classes=classes,
+        weights_sha256=weights_sha256,
+        licences=licences,
     )
 
 

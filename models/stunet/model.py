@@ -12,7 +12,7 @@ from wsitk.errors import ModelError
 from wsitk.model import Licences, ModelSpec
 from wsitk.models.nnunet.labels import label_classes
 from wsitk.models.nnunet.network import load_into
-from wsitk.models.nnunet.volume import VolumeModel, label_field
+from wsitk.models.nnunet.volume import VolumeModel, label_field, volume_spec
 from wsitk.models.stunet.network import SIZES, STUNet, config_of
 from wsitk.models.stunet.plans import PlanV1, read_plan
 from wsitk.settings import home
@@ -84,25 +84,16 @@ def _spec(file: TensorFile, plan: PlanV1, version: str, step: float, restore: Re
         names = tuple(f"label {k}" for k in range(1, len(plan.labels) + 1))
     first = int(file.tensors["conv_blocks_context.0.0.conv1.weight"].shape[0])
     size = next((name for name, known in SIZES.items() if known.base == first), "custom")
-    return ModelSpec(
-        name=f"stunet-{size}",
-        version=version,
-        spacing=plan.spacing_um,
+    return volume_spec(
+        f"stunet-{size}",
+        version,
+        spacing_um=plan.spacing_um,
         tile=plan.patch,
-        halo=(0, 0, 0),
-        align=(1, 1, 1),
         channels=len(plan.intensities),
-        dtype="",
-        spacing_tolerance=0.0,
-        border="constant",
-        fill=0.0,
-        step=step,
-        interpolation="cubic",
-        crop=True,
-        normalise=plan.intensities,
-        normalise_first=False,
-        fields=(label_field(("background", *names), softmax=True, nearest=restore == "nearest"),),
+        intensities=plan.intensities,
+        labels=label_field(("background", *names), softmax=True, nearest=restore == "nearest"),
         classes=label_classes(names),
+        step=step,
         weights_sha256=file.sha256,
         licences=Licences("Apache-2.0", LICENCE, "TotalSegmentator 1.0: CC BY 4.0"),
     )

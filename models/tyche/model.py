@@ -20,9 +20,16 @@ from wsitk.grid import Tile
 from wsitk.model import FieldSpec, Licences, ModelSpec, TileModel, TileResult
 from wsitk.models.tyche.network import Tyche
 from wsitk.models.tyche.noise import normal_noise
-from wsitk.models.universeg.incontext import Task, TaskOptions, make_task, official_weights
+from wsitk.models.universeg.incontext import (
+    Task,
+    TaskOptions,
+    load_network,
+    make_task,
+    official_weights,
+    task_spec,
+)
 from wsitk.models.universeg.support import Support
-from wsitk.torchfile import TensorFile, checked_state, read_tensors
+from wsitk.torchfile import TensorFile
 
 __all__ = ["TycheModel", "from_checkpoint", "is_ours", "tyche", "uncertainty"]
 
@@ -152,27 +159,10 @@ def from_checkpoint(
     if candidates < 2:
         raise UsageError("WSI074", f"candidates is {candidates}; it takes 2 or more to differ")
     options = TaskOptions(size, label, target, spacing_um, slices, intensity)
-    file = read_tensors(path)
-    with torch.device("meta"):
-        network = Tyche()
-    network.load_state_dict(checked_state(file, network.state_dict()), strict=True, assign=True)
+    network, file = load_network(Tyche, path)
     task = make_task("tyche", support, options)
-    examples = len(task.support.examples)
-    spec = ModelSpec(
-        name="tyche",
-        version=f"{file.path.name}, {examples} examples, {candidates} candidates, seed {seed}",
-        spacing=options.spacing,
-        tile=options.tile,
-        halo=options.halo,
-        align=options.align,
-        channels=task.channels,
-        dtype="",
-        # A variance is a quarter at most, and small ones matter: 256 steps would lose them.
-        fields=(
-            FieldSpec(FIELD, (target,), dtype="uint16"),
-            FieldSpec(UNCERTAINTY, KINDS, dtype="uint16"),
-        ),
-        weights_sha256=f"{file.sha256}+{task.identity}",
-        licences=LICENCES,
-    )
-    return TycheModel(network.eval(), spec, task, candidates=candidates, seed=seed)
+    # A variance is a quarter at most, and small ones matter: 256 steps would lose them.
+    fields = (FieldSpec(FIELD, (target,), dtype="uint16"), FieldSpec(UNCERTAINTY, KINDS, dtype="uint16"))
+    version = f", {candidates} candidates, seed {seed}"
+    spec = task_spec("tyche", version, task, options, file, fields, LICENCES)
+    return TycheModel(network, spec, task, candidates=candidates, seed=seed)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wsitk.errors import ModelError, UsageError
+from wsitk.model import FieldSpec, Licences, ModelSpec
 from wsitk.models.universeg.blocks import STEPS
 from wsitk.models.universeg.support import LUMINANCE, Support, examples_at, read_support
 from wsitk.settings import home
+from wsitk.torchfile import TensorFile, checked_state, read_tensors
 
-__all__ = ["Task", "TaskOptions", "make_task", "official_weights"]
+__all__ = ["Task", "TaskOptions", "load_network", "make_task", "official_weights", "task_spec"]
+
+Network = TypeVar("Network", bound=nn.Module)
 
 DIVISOR = 2**STEPS
 
@@ -144,6 +148,43 @@ def make_task(name: str, support: str | Path | Support | None, options: TaskOpti
     if not isinstance(support, Support):
         support = read_support(support, label=options.label)
     return Task(support, options.intensity)
+
+
+def load_network(make: Callable[[], Network], path: str | Path) -> tuple[Network, TensorFile]:
+    """Return a network with a checkpoint's weights, in evaluation mode, and what was read.
+
+    Raises ModelError as `read_tensors` and `checked_state` do.
+    """
+    file = read_tensors(path)
+    with torch.device("meta"):
+        network = make()
+    network.load_state_dict(checked_state(file, network.state_dict()), strict=True, assign=True)
+    return network.eval(), file
+
+
+def task_spec(
+    name: str,
+    version: str,
+    task: Task,
+    options: TaskOptions,
+    file: TensorFile,
+    fields: tuple[FieldSpec, ...],
+    licences: Licences,
+) -> ModelSpec:
+    """Return the spec of a model for a task; `version` is put after the file and the number of examples."""
+    return ModelSpec(
+        name=name,
+        version=f"{file.path.name}, {len(task.support.examples)} examples{version}",
+        spacing=options.spacing,
+        tile=options.tile,
+        halo=options.halo,
+        align=options.align,
+        channels=task.channels,
+        dtype="",
+        fields=fields,
+        weights_sha256=f"{file.sha256}+{task.identity}",
+        licences=licences,
+    )
 
 
 def official_weights(path: str | Path | None, name: str, origin: str) -> Path:

@@ -15,10 +15,17 @@ from numpy.typing import NDArray
 
 from wsitk.grid import Tile
 from wsitk.model import FieldSpec, Licences, ModelSpec, TileModel, TileResult
-from wsitk.models.universeg.incontext import Task, TaskOptions, make_task, official_weights
+from wsitk.models.universeg.incontext import (
+    Task,
+    TaskOptions,
+    load_network,
+    make_task,
+    official_weights,
+    task_spec,
+)
 from wsitk.models.universeg.network import UniverSeg
 from wsitk.models.universeg.support import Support
-from wsitk.torchfile import TensorFile, checked_state, read_tensors
+from wsitk.torchfile import TensorFile
 
 __all__ = ["UniverSegModel", "from_checkpoint", "is_ours", "universeg"]
 
@@ -96,22 +103,7 @@ def from_checkpoint(
     Raises ModelError as `read_tensors` and `checked_state` do, UsageError: WSI070 to WSI074.
     """
     options = TaskOptions(size, label, target, spacing_um, slices, intensity)
-    file = read_tensors(path)
-    with torch.device("meta"):
-        network = UniverSeg()
-    network.load_state_dict(checked_state(file, network.state_dict()), strict=True, assign=True)
+    network, file = load_network(UniverSeg, path)
     task = make_task("universeg", support, options)
-    spec = ModelSpec(
-        name="universeg",
-        version=f"{file.path.name}, {len(task.support.examples)} examples",
-        spacing=options.spacing,
-        tile=options.tile,
-        halo=options.halo,
-        align=options.align,
-        channels=task.channels,
-        dtype="",
-        fields=(FieldSpec(FIELD, (target,)),),
-        weights_sha256=f"{file.sha256}+{task.identity}",
-        licences=LICENCES,
-    )
-    return UniverSegModel(network.eval(), spec, task)
+    spec = task_spec("universeg", "", task, options, file, (FieldSpec(FIELD, (target,)),), LICENCES)
+    return UniverSegModel(network, spec, task)

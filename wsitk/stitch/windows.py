@@ -8,6 +8,8 @@ from functools import reduce
 import numpy as np
 from numpy.typing import NDArray
 
+from wsitk.volumes.nnunet_rules import gaussian_axis
+
 __all__ = ["WINDOWS", "outer", "window"]
 
 Weights = NDArray[np.float32]
@@ -48,9 +50,7 @@ def _crop(tile: int, halo: int) -> NDArray[np.float64]:
 
 def _gaussian(tile: int, halo: int) -> NDArray[np.float64]:
     """Return nnU-Net's bell: a Gaussian of an eighth of the tile around pixel ``tile // 2``."""
-    place = np.arange(tile) - tile // 2
-    bell: NDArray[np.float64] = np.exp(-0.5 * (place / (tile / 8)) ** 2)
-    return bell
+    return gaussian_axis(tile)
 
 
 WINDOWS: dict[str, Callable[[int, int], NDArray[np.float64]]] = {
