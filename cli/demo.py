@@ -29,7 +29,8 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Say everything as JSON lines.")] = False,
 ) -> None:
     """Find the nuclei of a real slide (CMU-1-Small-Region, CC0, 1.9 MB; fetched once and checked)."""
-    from wsitk.cli.run import execute
+    from wsitk.cli.execute import execute
+    from wsitk.model_map import Choice
 
     slide = _slide()
     if slide is None:
@@ -37,7 +38,7 @@ def demo(
         typer.echo(
             "The real slide could not be fetched: this runs on a synthetic one, with known truth.", err=True
         )
-    execute("cellvit", [str(slide)], out, Settings(), as_json=as_json)
+    execute((Choice("", "cellvit"),), [str(slide)], out, Settings(), as_json=as_json)
 
 
 def _slide() -> Path | None:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import csv
-import json
-import os
-import signal
-from collections.abc import Mapping
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
+from wsitk.cli.execute import execute
 from wsitk.errors import UsageError
 from wsitk.settings import Settings
 
 if TYPE_CHECKING:
-    from wsitk.pipeline import Input, Runner
+    from wsitk.model_map import Choice
 
 __all__ = ["run"]
 
@@ -25,8 +23,16 @@ DEFAULTS = Settings()
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="A model's name (`wsitk models list`) or a checkpoint file.")],
-    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Slides, folders or globs.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A model's name (`wsitk models list`), folder or checkpoint; none with --models."
+        ),
+    ],
+    inputs: Annotated[
+        list[str] | None, typer.Argument(metavar="INPUT...", help="Slides, volumes, folders or globs.")
+    ] = None,
+    *,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")],
     mpp: Annotated[
         str,
@@ -81,6 +87,26 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace results of another run.")
     ] = DEFAULTS.overwrite,
+    models: Annotated[
+        str, typer.Option(help="A TOML file that says which model takes which kind of input.")
+    ] = "",
+    also: Annotated[
+        list[str] | None,
+        typer.Option(help="FROM=TO: a further channel is the file with TO in its name for FROM: _ct=_pet."),
+    ] = None,
+    support: Annotated[
+        str, typer.Option(help="A folder of example images and masks, for UniverSeg and Tyche.")
+    ] = "",
+    prompts: Annotated[
+        str, typer.Option(help="A file of points, boxes or masks, for Segment Anything.")
+    ] = "",
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Let a MONAI bundle run its Python expressions.")
+    ] = False,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE for the model, as in TOML: slices=true, target=Liver."),
+    ] = None,
     classifier: Annotated[
         str, typer.Option(help="A token classifier's file, for checkpoints of CellViT.")
     ] = "",
@@ -98,75 +124,60 @@ def run(
     given = locals().copy()  # of this function: inside a comprehension they would be the comprehension's
     parsed = {"roi": _region(roi), "part": _part(part)}
     settings = Settings(**{f.name: given[f.name] for f in fields(Settings)} | parsed)
-    named = {"classifier": classifier, "postprocessing": postprocessing}
-    options = {key: value for key, value in named.items() if value}
+    named = {
+        "classifier": classifier,
+        "postprocessing": postprocessing,
+        "support": support,
+        "prompts": prompts,
+        "trust": trust,
+    }
+    options = {key: value for key, value in named.items() if value} | dict(map(_option, option or ()))
     execute(
-        model, inputs, out, settings, mpp=_spacing(mpp), options=options, dry_run=dry_run, as_json=as_json
+        _choices(model, models, options, bool(inputs)),
+        [*([model] if models else []), *(inputs or [])],
+        out,
+        settings,
+        mpp=_spacing(mpp),
+        also=[_rule(text) for text in also or ()],
+        dry_run=dry_run,
+        as_json=as_json,
     )
 
 
-def execute(
-    model: str,
-    inputs: list[str],
-    out: Path,
-    settings: Settings,
-    *,
-    mpp: float | dict[str, float] | None = None,
-    options: Mapping[str, str] | None = None,
-    dry_run: bool = False,
-    as_json: bool = False,
-) -> None:
-    """Find the inputs, run them, say what came of it; exits with the run's code."""
-    from wsitk.cli.display import Display, JsonLines
-    from wsitk.pipeline import Input, ModelRef, Runner, exit_code
-    from wsitk.sources.discover import expand_inputs
+def _choices(model: str, models: str, options: dict[str, Any], inputs: bool) -> tuple[Choice, ...]:
+    """Return the models of the run: the one that was named, or those of a map."""
+    from wsitk.model_map import Choice, read_map
 
-    found = expand_inputs(inputs)
-    if not found.items:
+    if not models and not inputs:
         raise UsageError(
-            "WSI001", f"no slides in {', '.join(inputs)} ({dict(found.skipped)}); name slides or a folder"
+            "WSI001", f"no inputs for {model}; name slides, volumes or a folder behind the model"
         )
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _leave)
-    with JsonLines() if as_json else Display(len(found.items), dict(found.skipped)) as display:
-        by_name = _by_name(mpp, found.items) if isinstance(mpp, dict) else mpp
-        # a dry run says everything itself, at its end
-        listener = (lambda event: None) if dry_run else display.event
-        work = [Input(item.name, str(item.path)) for item in found.items]
-        reference = ModelRef(model, dict(options or {}))
-        with Runner(reference, out, settings, mpp=by_name, on_event=listener) as runner:
-            if dry_run:
-                _dry_run(runner, work, as_json)
-            else:
-                runner.run(work)
-                display.close(out, list(runner.rows.values()))
-    raise typer.Exit(exit_code(runner.rows.values()))
+    if not models:
+        return (Choice("", model, options),)
+    if options:
+        raise UsageError(
+            "WSI017", f"--models and options of one model ({', '.join(options)}); put them into the map"
+        )
+    return read_map(models)
 
 
-def _leave(number: int, frame: object) -> None:
-    """Leave as a shell expects of a program that got this signal; the journal needs no farewell."""
-    typer.echo("wsitk: interrupted; run the same command again to resume", err=True)
-    raise SystemExit(128 + number)
+def _option(text: str) -> tuple[str, Any]:
+    """Return --option KEY=VALUE as a name and a TOML value; what is no TOML is text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise UsageError("WSI031", f"--option wants KEY=VALUE, such as slices=true, got {text!r}")
+    try:
+        return name, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name, value
 
 
-def _dry_run(runner: Runner, work: list[Input], as_json: bool) -> None:
-    """Print, for each input, what a run would do."""
-    seconds, memory = runner.estimate()
-    for plan in runner.plans(work):
-        facts: dict[str, Any] = {
-            "input": plan.name,
-            "spacing_um": [round(um, 4) for um in plan.spacing_um],
-            "tiles": int(plan.active.sum()),
-            "tiles_on_glass": int((~plan.active).sum()),
-            "tissue_mm2": round(plan.tissue_mm2, 2),
-            "pixels": plan.grid.extent.shape,
-            "minutes": round(float(plan.active.sum()) * seconds / 60, 1),
-            "memory_mib": round(memory),
-        }
-        text = ", ".join(f"{k} {v}" for k, v in facts.items() if k != "input")
-        typer.echo(json.dumps(facts) if as_json else f"{plan.name}: {text}")
-    for row in runner.rows.values():
-        typer.echo(json.dumps(row.cells()) if as_json else f"{row.input}: {row.code} {row.message}")
+def _rule(text: str) -> tuple[str, str]:
+    """Return --also FROM=TO as two texts."""
+    old, equals, new = text.partition("=")
+    if not equals or not old or old == new:
+        raise UsageError("WSI019", f"--also wants FROM=TO, such as _ct=_pet, got {text!r}")
+    return old, new
 
 
 def _region(text: str) -> tuple[int, int, int, int] | str | None:
@@ -211,24 +222,3 @@ def _number(text: str, place: str) -> float:
         return float(text)
     except ValueError as error:
         raise UsageError("WSI013", f"{place} wants a pixel size in µm such as 0.25, got {text!r}") from error
-
-
-def _by_name(table: dict[str, float], items: Any) -> dict[str, float]:
-    """Return input name -> spacing; a CSV line names an input by its path, its name or its file name.
-
-    Raises UsageError (WSI013) for a line that names no input: a typing error would go unseen.
-    """
-    wanted = dict.fromkeys(table, False)
-    found = {}
-    for item in items:
-        names = (item.name, Path(item.path).name, str(item.path))
-        for line in table:
-            if line in names or os.path.abspath(line) == str(item.path):
-                found[item.name] = table[line]
-                wanted[line] = True
-    unknown = [line for line, used in wanted.items() if not used]
-    if unknown:
-        raise UsageError(
-            "WSI013", f"--mpp names {unknown[0]!r}, which is none of the inputs; give its path or name"
-        )
-    return found

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["BUILTIN", "CHECKPOINT_READERS", "FOLDER_READERS"]
+__all__ = ["BUILTIN", "CHECKPOINT_READER", "FOLDER_READER"]
 
 BUILTIN: dict[str, str] = {
     "cellvit": "wsitk.models.cellvit.model:default_model",
     "cellvit-256": "wsitk.models.cellvit.model:cellvit_256",
     "cellvit-sam-h": "wsitk.models.cellvit.model:cellvit_sam_h",
+    "cxas": "wsitk.models.cxas.model:cxas",
     "hippocampus": "wsitk.models.hippocampus.model:default_model",
     "pet-ct-annotate": "wsitk.models.pet_ct_annotate.model:pet_ct_annotate",
     "pet-ct-annotate-proposals": "wsitk.models.pet_ct_annotate.model:proposals",
@@ -15,14 +16,10 @@ BUILTIN: dict[str, str] = {
     "stunet-base": "wsitk.models.stunet.model:stunet_base",
     "stunet-large": "wsitk.models.stunet.model:stunet_large",
     "stunet-huge": "wsitk.models.stunet.model:stunet_huge",
+    "tyche": "wsitk.models.tyche.model:tyche",
+    "universeg": "wsitk.models.universeg.model:universeg",
 }
 
-CHECKPOINT_READERS: tuple[str, ...] = (
-    "wsitk.models.cellvit.model:from_checkpoint",
-    "wsitk.models.stunet.model:from_checkpoint",
-)
-
-FOLDER_READERS: tuple[str, ...] = (
-    "wsitk.models.cellvit.folder:from_folder",
-    "wsitk.models.nnunet.folder:from_folder",
-)
+CHECKPOINT_READER = "wsitk.models.readers:checkpoint_reader"
+FOLDER_READER = "wsitk.models.readers:folder_reader"
+"""Who tells which model a file or a folder is of."""

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from wsitk import __version__
 from wsitk.cli import demo
 from wsitk.cli.main import app, main
+from wsitk.model_map import Choice
 from wsitk.settings import Settings
 from wsitk.sources import open_source
 
@@ -244,12 +245,12 @@ def test_demo_without_a_network_says_so(
         asked.extend(arguments)
         raise SystemExit(0)
 
-    monkeypatch.setattr("wsitk.cli.run.execute", execute)
+    monkeypatch.setattr("wsitk.cli.execute.execute", execute)
     code, _, err = call("demo", "-o", tmp_path / "out")
     assert code == 0
     assert "synthetic" in err
     model, (slide,), out, settings = asked
-    assert (model, out, settings) == ("cellvit", tmp_path / "out", Settings())
+    assert (model, out, settings) == ((Choice("", "cellvit"),), tmp_path / "out", Settings())
     with open_source(str(slide)) as source:
         assert source.spacing is not None
         assert source.spacing.um == pytest.approx((0.5, 0.5))
@@ -323,7 +324,7 @@ def test_every_option_arrives_in_the_settings(tmp_path: Path, monkeypatch: pytes
 def test_a_line_of_the_spacing_table_finds_its_input_or_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from wsitk.cli.run import _by_name
+    from wsitk.cli.execute import _by_name
     from wsitk.errors import UsageError
     from wsitk.sources.discover import expand_inputs
 

@@ -28,6 +28,7 @@ ORDER = (
     "reading",
     "tissue",
     "loader",
+    "model_map",
     "model",
     "torchvision_guard",
     "device",

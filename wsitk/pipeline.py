@@ -45,7 +45,7 @@ from wsitk.work.apart import WorkApart
 from wsitk.work.base import ModelRef, Order, Work, slot_bytes
 from wsitk.work.here import WorkHere
 
-__all__ = ["Event", "Input", "ModelRef", "Result", "Runner", "exit_code", "run"]
+__all__ = ["Event", "Input", "ModelRef", "Result", "Runner", "exit_code", "run", "write_report"]
 
 MEMORY_SHARE = 0.9
 """Of the machine's memory, what the model's process may hold unless `max_ram` says otherwise."""
@@ -90,6 +90,37 @@ def _reference(model: TileModel | str | Path, source: Source) -> TileModel | Mod
     if isinstance(model, TileModel):
         return model
     return ModelRef(str(model)) if source.ref is not None else load_model(model)
+
+
+def write_report(
+    out: Path,
+    rows: Mapping[str, InputRow],
+    settings: Settings,
+    *,
+    seconds: float,
+    started: str = "",
+    deaths: Sequence[str] = (),
+) -> None:
+    """Write the files over all inputs, those of other runs into this folder included."""
+    with locked_folder(out):  # another part of this run may be saying the same
+        every = {**earlier_rows(out / "run.json")}
+        for name, row in rows.items():
+            if row.status != "partial" or every.get(name, row).status not in ("done", "gaps"):
+                every[name] = row
+        write_summary(out / "summary.csv", every.values())
+        write_contact_sheet(out, list(every.values()))
+        write_run(
+            out / "run.json",
+            started=started or _now(),
+            seconds=seconds,
+            rows=every.values(),
+            settings=asdict(settings),
+            deaths=deaths,
+        )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @final
@@ -165,7 +196,7 @@ class Runner:
 
     def run(self, inputs: Sequence[Input]) -> list[InputRow]:
         """Work on all inputs; return a row for each. Raises OutputError if nothing can be written."""
-        started, began = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
+        started, began = _now(), time.perf_counter()
         try:
             self._make_folder()
             try:
@@ -184,23 +215,8 @@ class Runner:
         return list(self.rows.values())
 
     def _report(self, started: str, seconds: float) -> None:
-        """Write the files over all inputs, those of other runs into this folder included."""
-        with locked_folder(self._out):  # another part of this run may be saying the same
-            rows = {**earlier_rows(self._out / "run.json")}
-            for name, row in self.rows.items():
-                if row.status != "partial" or rows.get(name, row).status not in ("done", "gaps"):
-                    rows[name] = row
-            write_summary(self._out / "summary.csv", rows.values())
-            write_contact_sheet(self._out, list(rows.values()))
-            settings = {**asdict(self._settings), "device": self._work.device}
-            write_run(
-                self._out / "run.json",
-                started=started,
-                seconds=seconds,
-                rows=rows.values(),
-                settings=settings,
-                deaths=self._deaths,
-            )
+        settings = replace(self._settings, device=self._work.device)
+        write_report(self._out, self.rows, settings, started=started, seconds=seconds, deaths=self._deaths)
 
     def plans(self, inputs: Sequence[Input]) -> Iterator[Plan]:
         """Yield the plan of every input that can be run; the others end in `rows`. Writes nothing."""

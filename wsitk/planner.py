@@ -17,15 +17,26 @@ from wsitk.reading.server import TileImage
 from wsitk.settings import Settings
 from wsitk.sources.base import Source, SourceRef
 
-__all__ = ["Input", "Planner"]
+__all__ = ["Input", "Planner", "reference_to"]
 
 
 @dataclass(frozen=True)
 class Input:
-    """One thing to work on: its name below the output folder, and a path or an open source."""
+    """One thing to work on: its name below the output folder, and a path or an open source.
+
+    `also` are files of the same patient in the same position, which become further channels of a volume.
+    """
 
     name: str
     source: str | Source
+    also: tuple[str, ...] = ()
+
+
+def reference_to(item: Input, mpp: Mapping[str, float] | float | None) -> SourceRef:
+    """Return how any process opens an input that is a file; `mpp` is the pixel size of all inputs, or by name."""
+    stated = mpp.get(item.name) if isinstance(mpp, Mapping) else mpp
+    options = {"mpp": stated, "name": PurePosixPath(item.name).name, "also": item.also or None}
+    return SourceRef(str(item.source), {k: v for k, v in options.items() if v is not None})
 
 
 @final
@@ -62,11 +73,7 @@ class Planner:
 
     def _way_to(self, item: Input) -> Access:
         if not isinstance(item.source, Source):
-            mpp = self.mpp.get(item.name) if isinstance(self.mpp, Mapping) else self.mpp
-            options = {"mpp": mpp, "name": PurePosixPath(item.name).name}
-            return Access(
-                SourceRef(item.source, {k: v for k, v in options.items() if v is not None}), self.reader
-            )
+            return Access(reference_to(item, self.mpp), self.reader)
         if item.source.ref is not None:
             return Access(item.source.ref, self.reader)
         if not self.here:

@@ -15,7 +15,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from wsitk.errors import ModelError, UsageError
+from wsitk.errors import ModelError, UsageError, WsitkError
 from wsitk.model import TileModel
 
 __all__ = ["load_model", "model_names"]
@@ -80,20 +80,19 @@ def _build(build: Builder, name: str, options: dict[str, Any]) -> TileModel:
     odd = [n for n in options if n not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values())]
     if odd:
         raise UsageError("WSI031", f"model {name!r} takes no option {', '.join(odd)}; leave it out")
-    return build(**options)
+    try:
+        return build(**options)
+    except (TypeError, ValueError) as error:
+        if not options or isinstance(error, WsitkError):
+            raise
+        told = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        raise UsageError(
+            "WSI031", f"model {name!r} can't be built with {told}: {error}; mend the options"
+        ) from error
 
 
 def _from_path(path: Path, options: dict[str, Any]) -> TileModel:
-    """Read a checkpoint file, or a folder of card and weights, by the first reader that takes it."""
+    """Read a checkpoint file or a model's folder by whatever knows it by its content."""
     table = importlib.import_module("wsitk.models")
-    readers: tuple[str, ...] = table.FOLDER_READERS if path.is_dir() else table.CHECKPOINT_READERS
-    reasons = []
-    for target in readers:
-        read: Builder = partial(_resolve(target), path)
-        try:
-            return _build(read, path.name, options)
-        except ModelError as error:
-            if len(readers) == 1:
-                raise
-            reasons.append(str(error))
-    raise ModelError("WSI300", f"{path.name} is no model that wsitk can read: {'; '.join(reasons)}")
+    choose = _resolve(table.FOLDER_READER if path.is_dir() else table.CHECKPOINT_READER)
+    return _build(partial(choose(path), path), path.name, options)

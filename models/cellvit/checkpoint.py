@@ -22,7 +22,14 @@ from wsitk.models.cellvit.network import CellViT, empty_network
 from wsitk.torchfile import TensorFile, checked_state, read_tensors
 from wsitk.writers.base import atomic_file
 
-__all__ = ["CheckpointInfo", "PANNUKE", "load_checkpoint", "object_classes", "save_upstream_checkpoint"]
+__all__ = [
+    "CheckpointInfo",
+    "PANNUKE",
+    "is_ours",
+    "load_checkpoint",
+    "object_classes",
+    "save_upstream_checkpoint",
+]
 
 PANNUKE = (
     ObjectClass("Neoplastic", (255, 0, 0)),
@@ -89,6 +96,12 @@ class CheckpointInfo:
     spacing_um: float
     magnification: int | None
     mixed_precision: bool
+
+
+def is_ours(file: TensorFile) -> bool:
+    """Return whether a file is a checkpoint of CellViT's training, or names itself one."""
+    named = str(file.meta.get("arch", "")).startswith("CellViT")
+    return named or any(n.startswith("nuclei_binary_map_decoder.") for n in file.tensors)
 
 
 def load_checkpoint(path: str | Path) -> tuple[CellViT, CheckpointInfo]:

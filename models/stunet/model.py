@@ -20,6 +20,7 @@ from wsitk.torchfile import TensorFile, read_tensors
 
 __all__ = [
     "from_checkpoint",
+    "is_ours",
     "stunet_base",
     "stunet_huge",
     "stunet_large",
@@ -41,6 +42,11 @@ def structures() -> tuple[str, ...]:
     """
     text = (files("wsitk.models.stunet") / "structures.txt").read_text("utf-8")
     return tuple(text.split())
+
+
+def is_ours(file: TensorFile) -> bool:
+    """Return whether a file's weights are of nnU-Net 1's making, of which STU-Net is what runs here."""
+    return any(n.startswith("conv_blocks_context.") for n in file.tensors)
 
 
 def from_checkpoint(
