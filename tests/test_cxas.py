@@ -18,6 +18,7 @@ from radiology_fill import fill, load_filled, uniform
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import wsitk
 from wsitk.errors import ModelError
 from wsitk.geometry import Region
 from wsitk.grid import Tile
@@ -278,11 +279,27 @@ def test_the_engine_gets_masks_of_a_whole_image_and_of_nothing_else(bright: CXAS
     assert (field[1:] == 0).all()
     with pytest.raises(ModelError, match="WSI350"):
         bright.predict(torch.zeros(1, 1, 512, 256))
-    moved = Region((512, 0), (512, 512))
-    with pytest.raises(ModelError, match="WSI350"):
-        bright.postprocess({"probability": out[0].numpy()}, Tile(1, moved, moved))
-    with pytest.raises(ModelError, match="WSI350"):
-        bright.postprocess({"probability": out[0].numpy()}, Tile(0, Region((0, 0), (400, 500)), whole))
+
+
+@pytest.mark.parametrize(("shape", "bits"), [((300, 1000), 8), ((700, 520), 16)])
+def test_a_run_stretches_the_whole_image_and_measures_it(
+    shape: tuple[int, int], bits: int, bright: CXASModel, tmp_path: Path
+) -> None:
+    pixels = np.zeros((*shape, 1), np.uint8 if bits == 8 else np.uint16)
+    pixels[shape[0] // 3 : shape[0] // 2, 100:400] = 2**bits - 1
+    with ArraySource(pixels, axes=("y", "x", "c"), name="chest") as source:
+        wanted = analyse(bright, source)
+        result = wsitk.run(bright, source, out=tmp_path, threads=1, workers=1)
+    got = np.asarray(result.maps) > 0
+    assert got.shape == wanted.masks.shape
+    assert (got == wanted.masks).all()
+    lines = (result.path / "measurements.csv").read_text().splitlines()
+    assert lines[0] == "measurement,value"
+    assert "structures,1.0" in lines
+    assert "cardiothoracic_ratio," in lines, "what can't be measured is empty"
+    with (tmp_path / "summary.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["structures"], row["cardiothoracic_ratio"]) == ("1", "")
 
 
 def test_real_radiographs_are_read_bright_for_bone(bright: CXASModel, data: Path) -> None:

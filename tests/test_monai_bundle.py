@@ -126,7 +126,7 @@ def test_a_bundle_becomes_a_spec(bundle: Path) -> None:
     model = from_bundle(bundle)
     spec = model.spec
     assert (spec.name, spec.version, spec.licences.weights) == ("Spleen, small", "0.5.3", "Apache-2.0")
-    assert model.orientation == "RAS"
+    assert model.spec.orientation == "RAS"
     assert spec.spacing == (2000.0, 1000.0, 1500.0)
     assert spec.tile == (16, 24, 32)
     assert spec.step == 0.5

@@ -25,6 +25,8 @@ RESULTS = (
     "maps.ome.zarr",
     "labels.ome.zarr",
     "labels.nii.gz",
+    "labels.dcm",
+    "measurements.csv",
     "tiles.parquet",
     "preview.png",
     "provenance.json",

@@ -41,6 +41,7 @@ def done_row(
         tiles=tiles,
         objects=record["objects"],
         voxels={name: facts["voxels"] for name, facts in record.get("labels", {}).items()},
+        measures=record.get("measurements", {}),
         seconds=seconds,
         peak_mib=peak_mib,
         exit_code=int(gaps),

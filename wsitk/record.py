@@ -52,6 +52,7 @@ class InputRow:
     tiles: Mapping[str, int] = field(default_factory=dict)
     objects: Mapping[str, int] = field(default_factory=dict)
     voxels: Mapping[str, int] = field(default_factory=dict)
+    measures: Mapping[str, float | None] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     peak_mib: float | None = None
     exit_code: int = 0
@@ -69,6 +70,7 @@ class InputRow:
         flat |= {f"tiles_{k}": v for k, v in self.tiles.items()}
         flat |= {f"objects_{k}": v for k, v in self.objects.items()}
         flat |= {f"voxels_{k}": v for k, v in self.voxels.items()}
+        flat |= {k: "" if v is None else f"{v:.6g}" for k, v in self.measures.items()}
         flat |= {f"seconds_{k}": f"{v:.1f}" for k, v in self.seconds.items()}
         return flat | {
             "peak_mib": "" if self.peak_mib is None else f"{self.peak_mib:.0f}",

@@ -32,13 +32,20 @@ WEIGHTS = "UNet_ResNet50_default.pth"
 
 OFFICIAL = "https://github.com/ConstantinSeibold/ChestXRayAnatomySegmentation"
 
+Intensity = Literal["byte", "range", "auto"]
+
+SCHEMES: dict[Intensity, Literal["byte", "unit", "shown"]] = {
+    "byte": "byte",
+    "range": "unit",
+    "auto": "shown",
+}
+"""What the engine calls them."""
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 LICENCES = Licences(
     "MIT", "not stated (official weights)", "PAX-Ray++: derived from public CT and X-ray", None
 )
-
-Intensity = Literal["byte", "range"]
 
 
 @final
@@ -70,11 +77,10 @@ class CXASModel(TileModel):
         return {"probability": self._network(pixels)["logits"].float().sigmoid()}
 
     def postprocess(self, outputs: Mapping[str, NDArray[Any]], tile: Tile) -> TileResult:
-        """Return the masks, 0 or 1. Raises ModelError (WSI350) for a tile that is not the whole image."""
-        # a smaller image would come padded, and not stretched as the network wants it
-        if any(tile.read.start) or tile.owned != tile.read:
-            raise _not_whole(f"a tile that owns {tile.owned}")
-        return TileResult(None, {FIELD: (outputs["probability"] > 0.5).astype(np.float32)})
+        """Return the masks, 0 or 1, and what is measured on them."""
+        masks = outputs["probability"] > 0.5
+        measures = Anatomy(masks, (SIDE, SIDE)).measurements()
+        return TileResult(None, {FIELD: masks.astype(np.float32)}, measures=measures)
 
 
 def _not_whole(what: str) -> ModelError:
@@ -84,7 +90,7 @@ def _not_whole(what: str) -> ModelError:
     )
 
 
-def unit_pixels(pixels: NDArray[Any], intensity: Intensity) -> NDArray[np.float32]:
+def unit_pixels(pixels: NDArray[Any], intensity: Literal["byte", "range"]) -> NDArray[np.float32]:
     """Return an image (H, W, 1 or 3) as (1 or 3, 512, 512) of 0 to 1.
 
     ``byte`` divides by 255 (what upstream does to PNG and JPEG), ``range`` stretches the image's own range
@@ -135,10 +141,11 @@ def is_ours(file: TensorFile) -> bool:
     return "head.up1.conv2.double_conv.0.weight" in file.tensors
 
 
-def from_checkpoint(path: str | Path, *, intensity: Intensity = "byte", channels: int = 1) -> CXASModel:
+def from_checkpoint(path: str | Path, *, intensity: Intensity = "auto", channels: int = 1) -> CXASModel:
     """Return the model in an official checkpoint: ``{"model": weights}``, with or without ``module.``.
 
-    `intensity` is `unit_pixels`'s, `channels` those of the images, 1 or 3.
+    `intensity` is `unit_pixels`'s, or ``auto``: ``byte`` for pictures of bytes, ``range`` for the rest. `channels`
+    are those of the images, 1 or 3.
     Raises ModelError as `read_tensors` and `checked_state` do, ValueError for other channels.
     """
     if channels not in (1, 3):
@@ -158,7 +165,9 @@ def from_checkpoint(path: str | Path, *, intensity: Intensity = "byte", channels
         dtype="",
         border="constant",
         fill=0,
-        normalise=(IntensityRule("byte" if intensity == "byte" else "unit"),),
+        whole=True,
+        interpolation="pick",
+        normalise=(IntensityRule(SCHEMES[intensity]),),
         normalise_first=True,
         fields=(FieldSpec(FIELD, structure_names(), window="flat"),),
         weights_sha256=file.sha256,

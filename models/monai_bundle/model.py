@@ -30,14 +30,10 @@ FIELD = "labels"
 
 @final
 class BundleModel(TileModel):
-    """A bundle's network. The engine normalises; the network wants its axes in the order x, y, z.
+    """A bundle's network. The engine normalises; the network wants its axes in the order x, y, z."""
 
-    `orientation` is where x, y and z of a volume must point (NIfTI's letters), empty if that doesn't matter.
-    """
-
-    def __init__(self, network: torch.nn.Module, spec: ModelSpec, orientation: str) -> None:
+    def __init__(self, network: torch.nn.Module, spec: ModelSpec) -> None:
         self.spec = spec
-        self.orientation = orientation
         self._network = network
 
     @property
@@ -86,7 +82,7 @@ def from_bundle(path: str | Path, *, trust: bool = False, skip_expressions: bool
     prepared = preparation(config, inside)
     names = _names(metadata, out)
     spec = _spec(metadata, file, size, prepared, output(config, out), inside, names)
-    return BundleModel(network.eval(), spec, prepared.orientation)
+    return BundleModel(network.eval(), spec)
 
 
 def _channels(config: Config, arguments: Mapping[str, Any]) -> tuple[int, int]:
@@ -142,7 +138,8 @@ def _spec(
         border="constant",
         fill=0.0,
         step=1.0 - size.overlap,
-        interpolation="cubic",
+        interpolation="linear",
+        orientation=prepared.orientation,
         normalise=(prepared.rule,) if prepared.rule else (),
         normalise_first=prepared.rule_first,
         fields=(field,),

@@ -80,6 +80,10 @@ class SamModel(TileModel):
             low, high = (torch.full_like(low, v) for v in self._intensity)
         return torch.where(high > low, (x - low) / (high - low), 0).clamp(0, 1) * 255
 
+    def wants(self, tile: Tile) -> bool:
+        """Tell whether a prompt lies wholly in the tile."""
+        return bool(len(self.prompts.inside(tile.read)))
+
     def postprocess(self, outputs: Mapping[str, NDArray[Any]], tile: Tile) -> TileResult:
         """Return an object for each prompt that lies wholly in the tile, and whose mask is not empty."""
         rows = self.prompts.inside(tile.read)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 __all__ = ["Rule", "Taps", "apply_taps", "halve", "interpolate", "make_taps"]
 
-Rule = Literal["nearest", "linear", "cubic"]
+Rule = Literal["nearest", "linear", "cubic", "pick"]
 
 _POLE = math.sqrt(3.0) - 2.0
 _CUBIC_REACH = 14  # pixels on each side: what is left out weighs 2e-8
@@ -68,8 +68,14 @@ def interpolate(low: int, high: int, factor: float, length: int, rule: Rule) -> 
     """Return the rule that samples an axis of `length` pixels at ``(k + 0.5) * factor - 0.5``, k in low .. high - 1.
 
     What SciPy's `zoom` does with ``grid_mode=True, mode="nearest"`` and order 0, 1 or 3: `factor` is ``length /
-    outputs`` there. A factor of 1 takes the pixels as they are.
+    outputs`` there. A factor of 1 takes the pixels as they are. ``pick`` is torch's nearest instead, and PIL's of
+    old: pixel k is the input's ``floor(k * factor)``, the factor rounded to float32, which decides a few pixels.
     """
+    if rule == "pick":
+        cells = np.floor(np.arange(low, high, dtype=np.float32) * np.float32(factor)).astype(np.int64)[
+            :, None
+        ]
+        return _folded(cells, np.ones(cells.shape), length)
     place = (np.arange(low, high, dtype=np.float64) + 0.5) * factor - 0.5
     if factor == 1.0 or rule == "nearest":
         cells = np.floor(place + 0.5).astype(np.int64)[:, None]
