@@ -31,15 +31,17 @@ def execute(
     *,
     mpp: float | dict[str, float] | None = None,
     also: Sequence[tuple[str, str]] = (),
+    restore: str = "",
     dry_run: bool = False,
     as_json: bool = False,
 ) -> None:
     """Find the inputs, run them, say what came of it; exits with the run's code.
 
-    One model of no kind takes all inputs; several take those of their kinds.
+    One model of no kind takes all inputs; several take those of their kinds. `restore` names a model that paints
+    over artifacts first.
     """
     from wsitk.cli.display import Display, JsonLines
-    from wsitk.pipeline import exit_code
+    from wsitk.pipeline import ModelRef, Runner, exit_code
     from wsitk.sources.discover import expand_inputs
 
     found = expand_inputs(inputs)
@@ -52,10 +54,36 @@ def execute(
     work = _with_channels(found.items, also)
     by_name = _by_name(mpp, found.items) if isinstance(mpp, dict) else mpp
     with JsonLines() if as_json else Display(len(work), dict(found.skipped)) as display:
-        rows = _run_each(models, work, out, settings, by_name, display, dry_run=dry_run, as_json=as_json)
+        rows: list[InputRow] = []
+        if restore and dry_run:
+            with Runner(ModelRef(restore), out, settings, mpp=by_name) as runner:
+                _dry_run(runner, work, as_json)
+        elif restore:
+            work, rows = _restored(restore, work, out, settings, by_name, display, as_json=as_json)
+        if work:
+            rows += _run_each(models, work, out, settings, by_name, display, dry_run=dry_run, as_json=as_json)
         if not dry_run:
             display.close(out, rows)
     raise typer.Exit(exit_code(rows))
+
+
+def _restored(
+    model: str,
+    work: Sequence[Input],
+    out: Path,
+    settings: Settings,
+    mpp: Mapping[str, float] | float | None,
+    display: Display | JsonLines,
+    *,
+    as_json: bool,
+) -> tuple[list[Input], list[InputRow]]:
+    """Return the inputs with their artifacts painted over, and a row for each restoration and each that failed."""
+    from wsitk.pipeline import ModelRef
+    from wsitk.restore_first import restore_first
+
+    items, rows, lost = restore_first(ModelRef(model), work, out, settings, mpp=mpp, on_event=display.event)
+    _tell(lost, out, settings, display, dry_run=False, as_json=as_json)
+    return items, rows + lost
 
 
 def _run_each(
@@ -70,6 +98,7 @@ def _run_each(
     as_json: bool,
 ) -> list[InputRow]:
     """Run every model over its inputs, one after the other; a row for each input."""
+    from wsitk.anonymous import Veil
     from wsitk.outcome import failed_row
     from wsitk.pipeline import ModelRef, Runner
 
@@ -92,7 +121,9 @@ def _run_each(
             else:
                 runner.run(items)
             rows += runner.rows.values()
-    lost = [failed_row(name, error) for name, error in refused.items()]
+    veil = Veil(settings, out)
+    veil.inputs(work)
+    lost = [failed_row(veil.name(name), veil.error(name, error)) for name, error in refused.items()]
     _tell(lost, out, settings, display, dry_run=dry_run, as_json=as_json)
     return rows + lost
 
@@ -202,12 +233,15 @@ def _by_name(table: dict[str, float], items: Any) -> dict[str, float]:
 
     Raises UsageError (WSI013) for a line that names no input: a typing error would go unseen.
     """
+    from wsitk.sources.plate import split_path
+
     wanted = dict.fromkeys(table, False)
     found = {}
     for item in items:
-        names = (item.name, Path(item.path).name, str(item.path))
+        file = split_path(str(item.path))[0]  # a line for a plate is one for each of its wells
+        names = (item.name, Path(item.path).name, str(item.path), Path(file).name, file)
         for line in table:
-            if line in names or os.path.abspath(line) == str(item.path):
+            if line in names or os.path.abspath(line) in (str(item.path), file):
                 found[item.name] = table[line]
                 wanted[line] = True
     unknown = [line for line, used in wanted.items() if not used]

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from wsitk.errors import UsageError
 from wsitk.geometry import Region
-from wsitk.tissue import everywhere, find_tissue, from_geojson
+from wsitk.sources.array import ArraySource
+from wsitk.tissue import _percentile, everywhere, find_tissue, from_geojson, thumbnail
 
 
 def slide(tissue: np.ndarray, glass: int = 240) -> np.ndarray:
@@ -97,3 +101,32 @@ def test_regions_drawn_in_qupath_count_from_the_scanned_bounds(tmp_path: Path) -
 def test_the_last_pixel_answers_for_what_lies_just_beyond_it() -> None:
     mask = everywhere((24, 24), (16.0, 16.0))
     assert mask.touches(Region((384, 0), (7, 391)))
+
+
+@settings(max_examples=50)
+@given(arrays(np.uint8, st.integers(1, 60)), st.floats(0, 100))
+def test_a_percentile_from_counts_is_numpys(values: np.ndarray, percent: float) -> None:
+    assert _percentile(values, percent) == pytest.approx(np.percentile(values, percent), abs=1e-9)
+
+
+def test_the_thumbnail_of_a_huge_slide_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wsitk.tissue.MOST_PIXELS", 400)
+    pixels = np.full((900, 1600, 3), 240, np.uint8)
+    pixels[300:600, 400:1200] = (150, 60, 140)
+    with ArraySource(pixels, axes=("y", "x", "c"), spacing=1.0) as source:
+        small, scale = thumbnail(source)
+        assert small.shape[0] * small.shape[1] <= 440
+        mask = find_tissue(small, scale, float(np.mean(scale)))
+    assert mask.touches(Region((400, 600), (50, 50)))
+    assert not mask.touches(Region((0, 0), (50, 50)))
+
+
+def test_a_thumbnail_without_a_pixel_size_is_the_mean_of_squares(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wsitk.tissue._WINDOW", 100)
+    pixels = np.random.default_rng(0).integers(0, 255, (2300, 3100, 3), np.uint8)
+    with ArraySource(pixels, axes=("y", "x", "c")) as source:
+        small, scale = thumbnail(source)
+    assert scale == (3.0, 3.0)
+    wanted = pixels[:2298, :3099].reshape(766, 3, 1033, 3, 3).mean(axis=(1, 3))
+    # the last windows hold a part of a square, over which their pixels are stretched
+    assert np.abs(small[:759, :1023] - wanted[:759, :1023]).max() <= 1

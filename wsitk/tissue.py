@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,16 @@ __all__ = ["TissueMask", "everywhere", "find_tissue", "from_geojson", "patch_of"
 TARGET_UM = 8.0
 """Pixel size of the mask: a nucleus is a pixel, a glass fragment is many."""
 
+MOST_PIXELS = 12_000_000
+"""Of the mask: on a slide of more than about 28 x 28 mm its pixels are larger, so that memory has a bound."""
+
 SMALLEST_UM2 = 2_000.0
 """Specks below this area are dirt; a needle-biopsy fragment is ten times larger."""
 
 MARGIN_UM = 32.0
 """The mask grows by this much, so that pale edges of tissue are not lost."""
+
+_WINDOW = 2048
 
 THRESHOLD_RANGE = (0.03, 0.10)
 """Optical density above clear glass: Otsu's choice is held within it. A slide without glass would
@@ -79,11 +85,13 @@ def _pixels(start: float, stop: float, count: int) -> slice:
 def thumbnail(source: Source) -> tuple[NDArray[np.uint8], tuple[float, ...]]:
     """Return the whole image at about 8 µm per pixel (2-D, H W C), and the level-0 pixels per pixel.
 
-    Read in strips, so memory holds the thumbnail and one strip. Without a known spacing the longest side
-    comes out between 1,000 and 2,000 pixels.
+    At most about `MOST_PIXELS`, and read in pieces, so that memory has a bound. Without a known spacing the
+    longest side comes out between 1,000 and 2,000 pixels.
     """
     if source.spacing is not None:
-        target = tuple(max(TARGET_UM, um) for um in source.spacing.um)
+        area = math.prod(n * um for n, um in zip(source.shape, source.spacing.um, strict=True))
+        finest = max(TARGET_UM, math.sqrt(area / MOST_PIXELS))
+        target = tuple(max(finest, um) for um in source.spacing.um)
         image = WorkingImage(source, target, tolerance=0.2)
         channels, dtype = len(source.channel_names), source.dtype
         rows = [
@@ -94,14 +102,24 @@ def thumbnail(source: Source) -> tuple[NDArray[np.uint8], tuple[float, ...]]:
     fit = [i for i, level in enumerate(source.levels) if max(level.shape) >= 1000] or [0]
     level = source.levels[fit[-1]]
     step = max(1, max(level.shape) // 1000)
-    rows = [
-        _shrink(
-            _legible(lambda region: source.read(region, fit[-1]), r, len(source.channel_names), source.dtype),
-            step,
-        )
-        for r in _strips(level.shape, 256 * step)
-    ]
-    return np.concatenate(rows), tuple(d * step for d in level.downsample)
+    return _shrunk(source, fit[-1], step), tuple(d * step for d in level.downsample)
+
+
+def _shrunk(source: Source, number: int, step: int) -> NDArray[np.uint8]:
+    """Return a level at one pixel for `step` x `step`, read window by window."""
+    side = step * max(1, _WINDOW // step)
+    frame = Region((0, 0), source.levels[number].shape)
+    rows = []
+    for y in range(0, frame.shape[0], side):
+        row = []
+        for x in range(0, frame.shape[1], side):
+            window = Region((y, x), (side, side)).intersect(frame)
+            pixels = _legible(
+                lambda region: source.read(region, number), window, len(source.channel_names), source.dtype
+            )
+            row.append(_shrink(pixels, step))
+        rows.append(np.concatenate(row, axis=1))
+    return np.concatenate(rows)
 
 
 def thumbnail_of(origin: Origin) -> tuple[NDArray[np.uint8], tuple[float, ...]]:
@@ -159,9 +177,13 @@ def find_tissue(pixels: NDArray[np.uint8], scale: tuple[float, ...], um: float |
     """
     import cv2
 
-    smooth = cv2.GaussianBlur(pixels, (0, 0), 1.0).astype(np.float32)
-    glass = np.maximum(np.percentile(smooth.reshape(-1, 3), 95, axis=0), 200.0)
-    density = np.log10(np.maximum(glass, 1.0) / np.maximum(smooth, 1.0)).clip(0).max(axis=-1)
+    smooth = cv2.GaussianBlur(pixels, (0, 0), 1.0)
+    density = np.zeros(smooth.shape[:2], np.float32)
+    bytes_ = np.maximum(np.arange(256, dtype=np.float32), 1.0)
+    for k in range(3):  # by a table of 256 entries: the picture may be large
+        glass = max(_percentile(smooth[..., k], 95), 200.0)
+        table = np.log10(np.float32(glass) / bytes_).clip(0).astype(np.float32)
+        np.maximum(density, table[smooth[..., k]], out=density)
     scaled = (density.clip(0, 0.5) * 510).astype(np.uint8)
     otsu = cv2.threshold(scaled, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)[0] / 510
     threshold = float(np.clip(otsu, *THRESHOLD_RANGE))
@@ -171,6 +193,14 @@ def find_tissue(pixels: NDArray[np.uint8], scale: tuple[float, ...], um: float |
     disk = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1,) * 2)
     grown = cv2.dilate(mask.astype(np.uint8), disk).astype(bool)
     return TissueMask(grown, mask, scale, threshold)
+
+
+def _percentile(values: NDArray[np.uint8], percent: float) -> float:
+    """Return a percentile of bytes, interpolated linearly between ranks, from their counts."""
+    ranks = np.cumsum(np.bincount(values.ravel(), minlength=256))
+    place = percent / 100 * (values.size - 1)
+    low, high = (int(np.searchsorted(ranks, n, side="right")) for n in (math.floor(place), math.ceil(place)))
+    return low + (high - low) * (place - math.floor(place))
 
 
 def _drop_specks(mask: NDArray[np.bool_], smallest: float) -> NDArray[np.bool_]:
