@@ -23,8 +23,8 @@ __all__ = ["TissueMask", "everywhere", "find_tissue", "from_geojson", "patch_of"
 TARGET_UM = 8.0
 """Pixel size of the mask: a nucleus is a pixel, a glass fragment is many."""
 
-MOST_PIXELS = 12_000_000
-"""Of the mask: on a slide of more than about 28 x 28 mm its pixels are larger, so that memory has a bound."""
+MOST_PIXELS = 4_000_000
+"""Of the mask: on a slide of more than about 16 x 16 mm its pixels are larger, so that memory has a bound."""
 
 SMALLEST_UM2 = 2_000.0
 """Specks below this area are dirt; a needle-biopsy fragment is ten times larger."""
