@@ -34,6 +34,7 @@ ORDER = (
     "device",
     "predictor",
     "registry",
+    "uncertainty",
     "stitch",
     "outlines",
     "polygons",

@@ -229,8 +229,8 @@ def test_slices_and_grey_are_taken(mobile: Path, tmp_path: Path) -> None:
     assert (model.spec.tile, model.spec.halo) == ((1, 1024, 1024), (0, 256, 256))
     x = torch.tensor([-200.0, -100, 27.5, 155, 900]).view(1, 1, 1, 5)
     torch.testing.assert_close(model._bytes(x).flatten(), torch.tensor([0, 0, 127.5, 255, 255]))
-    assert prompts.inside(Region((3, 0, 0), (1, 1024, 1024))).tolist() == [0]
-    assert prompts.inside(Region((2, 0, 0), (1, 1024, 1024))).tolist() == []
+    assert prompts.centred(Region((3, 0, 0), (1, 1024, 1024))).tolist() == [0]
+    assert prompts.centred(Region((2, 0, 0), (1, 1024, 1024))).tolist() == []
 
 
 def test_missing_and_oversized_prompts_are_refused(mobile: Path, tmp_path: Path) -> None:

@@ -61,13 +61,14 @@ def test_geojson_and_csv_say_the_same(tmp_path: Path, name: str) -> None:
     assert one.bounds_xy.tolist() == [[10, 20, 40, 60], [1, 2, 3, 4]]
 
 
-def test_only_prompts_that_lie_wholly_inside_are_seen(tmp_path: Path) -> None:
+def test_windows_that_divide_an_image_divide_its_prompts(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    path.write_text("x,y,x0,y0,x1,y1\n,,10,20,40,60\n50,9,,,,\n,,10,20,41,60\n")
+    path.write_text("x,y,x0,y0,x1,y1\n,,10,20,40,60\n50,9,,,,\n,,60,20,90,60\n")
     prompts = read_prompts(path)
-    assert prompts.inside(Region((20, 10), (40, 30))).tolist() == [0]
-    assert prompts.inside(Region((0, 0), (100, 100))).tolist() == [0, 1, 2]
-    assert prompts.inside(Region((0, 49), (10, 2))).tolist() == [1]
+    assert prompts.centred(Region((0, 0), (100, 50))).tolist() == [0]
+    assert prompts.centred(Region((0, 50), (100, 50))).tolist() == [1, 2]
+    assert prompts.centred(Region((0, 0), (40, 100))).tolist() == [1]
+    assert prompts.centred(Region((40, 0), (60, 100))).tolist() == [0, 2]
 
 
 def test_objects_of_another_model_are_boxes(tmp_path: Path) -> None:

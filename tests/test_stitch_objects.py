@@ -13,7 +13,7 @@ from wsitk.errors import ModelError
 from wsitk.geometry import Region
 from wsitk.grid import TileGrid
 from wsitk.objects import ObjectTable
-from wsitk.stitch.objects import merge_objects, select
+from wsitk.stitch.objects import each_block, merge_objects, select
 from wsitk.testing import OracleModel, SyntheticSlide, naive_merge, naive_objects, read_tile, run_tiles
 
 PLANE = (230, 190)
@@ -319,3 +319,13 @@ def test_nothing_in_nothing_out() -> None:
     assert list(merge_objects(PAIR, lambda i: None)) == []
     assert list(merge_objects(PAIR, lambda i: ObjectTable.empty(2))) == []
     assert len(select(ObjectTable.empty(2), PAIR[0], PAIR, 6)) == 0
+
+
+def test_objects_of_an_exclusive_model_are_not_compared() -> None:
+    grid = TileGrid.fit(Region((0, 0), (64, 64)), (32, 32), (8, 8))
+    labels = np.ones((20, 20), np.int32)
+    same = [ObjectTable.from_labels(labels, origin=(10, 10), tile=k) for k in (0, 1)]
+    blocks = {0: ObjectTable.concat(same)}
+    (table,) = each_block(grid, blocks.get)
+    assert len(table) == 2
+    assert sum(len(t) for t in merge_objects(grid, blocks.get)) == 1

@@ -203,6 +203,17 @@ class ConvBlock(nn.Sequential):
             nn.Dropout2d(DROPOUT),
         )
 
+    def convolved(self, x: Tensor) -> Tensor:
+        """Return what the dropout layer gets."""
+        for layer in list(self)[:-1]:
+            x = layer(x)
+        return x
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """Return what the dropout layer lets through."""
+        y: Tensor = self[-1](x)
+        return y
+
 
 class Branch(nn.Module):
     """One output map: thrice double the resolution, append the skip, convolve; then a sub-pixel header.
@@ -250,11 +261,27 @@ class CompactCellViT(nn.Module):
         self.nuclei_type_map_decoder = Branch(deep, skips, (64, 40, 24), types + 1) if types else None
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return self.suffix(self.prefix(x))
+
+    def prefix(self, x: Tensor) -> dict[str, Tensor]:
+        """Return what has no dropout: the skips, finest first, and the deepest features."""
         half, quarter, eighth, middle, last = self.encoder(x)
-        deep = self.decoder3(torch.cat([middle, last], dim=1))
         pixels = F.pixel_unshuffle(x, FOLD).to(half.dtype)
-        finest = self.decoder0(torch.cat([half, pixels], dim=1))
-        skips = [self.decoder2(eighth), self.decoder1(quarter), finest]
+        return {
+            "finest": self.decoder0.convolved(torch.cat([half, pixels], dim=1)),
+            "quarter": self.decoder1.convolved(quarter),
+            "eighth": self.decoder2.convolved(eighth),
+            "deep": self.decoder3.convolved(torch.cat([middle, last], dim=1)),
+        }
+
+    def suffix(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the maps, from what `prefix` returned."""
+        deep = self.decoder3.dropped(features["deep"])
+        skips = [
+            self.decoder2.dropped(features["eighth"]),
+            self.decoder1.dropped(features["quarter"]),
+            self.decoder0.dropped(features["finest"]),
+        ]
         maps = {
             "nuclei_binary_map": self.nuclei_binary_map_decoder(deep, skips),
             "hv_map": self.hv_map_decoder(deep, skips),

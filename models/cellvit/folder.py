@@ -10,12 +10,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
 
 from wsitk.card import Card, read_card
 from wsitk.errors import ModelError
 from wsitk.model import FieldSpec, Licences, ModelSpec, ObjectClass
-from wsitk.models.cellvit.compact import LATTICE, compact_cellvit
+from wsitk.models.cellvit.compact import LATTICE, CompactCellViT, compact_cellvit
 from wsitk.models.cellvit.config import VARIANTS, CellViTConfig
 from wsitk.models.cellvit.model import FIELD, CellViTModel
 from wsitk.models.cellvit.network import CellViT, empty_network
@@ -24,6 +23,8 @@ from wsitk.models.cellvit.postprocess import HoverSettings
 __all__ = ["from_folder"]
 
 CARD = "card.toml"
+
+Network = CompactCellViT | CellViT
 
 
 def from_folder(path: str | Path) -> CellViTModel:
@@ -44,13 +45,13 @@ def from_folder(path: str | Path) -> CellViTModel:
     return CellViTModel(_filled(network, card), spec, mean=mean, std=std, settings=settings)
 
 
-def _network(card: Card) -> nn.Module:
+def _network(card: Card) -> Network:
     """Return the network that the card's ``[network]`` describes, to be filled with weights."""
     wishes: dict[str, Any] = dict(card.content.get("network", {}))
     arch = wishes.pop("arch", None)
     # TOML has lists where the configuration has tuples.
     wishes = {k: tuple(v) if isinstance(v, list) else v for k, v in wishes.items()}
-    build: Callable[..., nn.Module]
+    build: Callable[..., Network]
     if arch == "compact":
         build = compact_cellvit
     elif arch == "CellViT" or arch in VARIANTS:
@@ -72,7 +73,7 @@ def _variant(arch: str, **wishes: Any) -> CellViT:
     return empty_network(config)
 
 
-def _filled(network: nn.Module, card: Card) -> nn.Module:
+def _filled(network: Network, card: Card) -> Network:
     """Return the network with the card's weights, once they prove to be exactly that network's."""
     try:
         state = load_file(card.weights)
@@ -107,7 +108,7 @@ def _settings(card: Card) -> HoverSettings:
         raise _odd(card, f"[postprocessing]: {error}") from error
 
 
-def _spec(card: Card, network: nn.Module) -> ModelSpec:
+def _spec(card: Card, network: Network) -> ModelSpec:
     """Return what the engine needs; tile, halo and lattice follow from the network."""
     content = card.content
     classes = tuple(ObjectClass(c["name"], tuple(c["color"])) for c in content["classes"])

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import numpy as np
 import torch
@@ -20,12 +20,17 @@ from numpy.typing import NDArray
 
 from wsitk.errors import ModelError
 from wsitk.grid import Tile
-from wsitk.model import FieldSpec, Licences, ModelSpec, ObjectClass, TileModel, TileResult
+from wsitk.model import FieldSpec, Licences, ModelSpec, ObjectClass, TileResult
 from wsitk.models.cellvit.checkpoint import load_checkpoint
 from wsitk.models.cellvit.classifier import ClassifierInfo, LinearClassifier, cell_tokens, load_classifier
 from wsitk.models.cellvit.postprocess import HoverSettings, objects_from_maps
 from wsitk.objects import ObjectTable
 from wsitk.settings import home
+from wsitk.uncertainty.interface import SampledModel
+
+if TYPE_CHECKING:
+    from wsitk.models.cellvit.compact import CompactCellViT
+    from wsitk.models.cellvit.network import CellViT
 
 __all__ = ["CellViTModel", "cellvit_256", "cellvit_sam_h", "default_model", "from_checkpoint"]
 
@@ -41,7 +46,7 @@ Mode = Literal["default", "upstream"]
 
 
 @final
-class CellViTModel(TileModel):
+class CellViTModel(SampledModel):
     """A CellViT network, its normalisation and its post-processing.
 
     Parameters
@@ -57,7 +62,7 @@ class CellViTModel(TileModel):
 
     def __init__(
         self,
-        network: torch.nn.Module,
+        network: CellViT | CompactCellViT,
         spec: ModelSpec,
         *,
         mean: Triple,
@@ -66,6 +71,8 @@ class CellViTModel(TileModel):
         classifier: LinearClassifier | None = None,
     ) -> None:
         self.spec = spec
+        self.vectors = {"hv": (1, 0)}
+        self.threshold = settings.threshold if settings.mode == "default" else 0.5
         self._network = network
         self._mean = torch.tensor(mean).view(1, 3, 1, 1)
         self._std = torch.tensor(std).view(1, 3, 1, 1)
@@ -81,21 +88,34 @@ class CellViTModel(TileModel):
         """Return how nuclei are cut out of the maps."""
         return self._settings
 
-    def predict(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+    def prefix(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the encoder's features: no dropout layer comes before them."""
+        pixels = batch.float().div(255).sub(self._mean.to(batch.device)).div(self._std.to(batch.device))
+        return self._network.prefix(pixels.contiguous(memory_format=torch.channels_last))
+
+    def suffix(self, features: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return ``nuclei`` (N, 1, H, W), ``hv`` (N, 2, H, W), and what the classes need.
 
         That is ``types`` (N, K + 1, H, W), probabilities with background first, where the network has a type
         map, and ``tokens`` (N, D, h, w) where a classifier reads them.
         """
-        pixels = batch.float().div(255).sub(self._mean.to(batch.device)).div(self._std.to(batch.device))
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
-        out = self._network(pixels)
+        out = self._network.suffix(features)
         maps = {"nuclei": out["nuclei_binary_map"].float().softmax(1)[:, 1:2], "hv": out["hv_map"].float()}
         if self._classifier is not None:
             maps["tokens"] = out["tokens"].float()
         elif "nuclei_type_map" in out:
             maps["types"] = out["nuclei_type_map"].float().softmax(1)
         return maps
+
+    def probabilities(self, outputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the type map, or background and nucleus where there is none."""
+        if "types" in outputs:
+            return outputs["types"]
+        return torch.cat([1 - outputs["nuclei"], outputs["nuclei"]], dim=1)
+
+    def foreground(self, outputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the probability of a nucleus: the binary map's, which cuts the nuclei out."""
+        return outputs["nuclei"][:, 0]
 
     def postprocess(self, outputs: Mapping[str, NDArray[Any]], tile: Tile) -> TileResult:
         """Return the nuclei, and the maps of all nuclei and of each class that has one."""

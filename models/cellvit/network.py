@@ -6,6 +6,8 @@ arithmetic. Images are (N, 3, H, W) float, normalised as the checkpoint says, at
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,10 +47,19 @@ class CellViT(nn.Module):
         )
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return self.suffix(self.prefix(x))
+
+    def prefix(self, x: Tensor) -> dict[str, Tensor]:
+        """Return what has no dropout: the pixels, the tokens of four depths, and what the tissue head reads."""
         self._check(x)
-        inner = self._to_patches(x)
-        (z1, z2, z3, z4), tissue = self.encoder(inner)
-        image = resize(self.decoder0(inner), like=x)
+        (z1, z2, z3, z4), tissue = self.encoder(self._to_patches(x))
+        return {"pixels": x, "z1": z1, "z2": z2, "z3": z3, "z4": z4, "tissue": tissue}
+
+    def suffix(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the outputs, from what `prefix` returned."""
+        x, tissue = features["pixels"], features["tissue"]
+        z1, z2, z3, z4 = (features[f"z{depth}"] for depth in (1, 2, 3, 4))
+        image = resize(self.decoder0(self._to_patches(x)), like=x)
         skips = (image, self.decoder1(z1), self.decoder2(z2), self.decoder3(z3))
         binary = self.nuclei_binary_map_decoder(z4, skips)
         out = {

@@ -81,12 +81,12 @@ class SamModel(TileModel):
         return torch.where(high > low, (x - low) / (high - low), 0).clamp(0, 1) * 255
 
     def wants(self, tile: Tile) -> bool:
-        """Tell whether a prompt lies wholly in the tile."""
-        return bool(len(self.prompts.inside(tile.read)))
+        """Tell whether the tile owns a prompt's middle."""
+        return bool(len(self.prompts.centred(tile.owned)))
 
     def postprocess(self, outputs: Mapping[str, NDArray[Any]], tile: Tile) -> TileResult:
-        """Return an object for each prompt that lies wholly in the tile, and whose mask is not empty."""
-        rows = self.prompts.inside(tile.read)
+        """Return an object for each prompt whose middle the tile owns, and whose mask is not empty."""
+        rows = self.prompts.centred(tile.owned)
         embedding = torch.from_numpy(outputs["embedding"])[None]
         size = self._decoder.config.size
         found: list[ObjectTable] = []
@@ -233,6 +233,7 @@ def from_checkpoint(
         border="constant",
         fill=0,
         objects=True,
+        exclusive=True,
         classes=tuple(ObjectClass(n, COLORS[k % len(COLORS)]) for k, n in enumerate(given.classes)),
         object_columns=COLUMNS,
         weights_sha256=f"{sha256}+{given.sha256}"

@@ -74,11 +74,15 @@ class Prompts:
         np.fmax.at(high, row, self.point_xy)
         return np.concatenate([low, high], axis=1)
 
-    def inside(self, window: Region) -> Array:
-        """Return the prompts that lie wholly in a window, (y, x) or (z, y, x), as row numbers."""
+    def centred(self, window: Region) -> Array:
+        """Return the prompts whose middle lies in a window, (y, x) or (z, y, x), as row numbers.
+
+        Windows that divide an image divide its prompts.
+        """
         (y, x), (height, width) = window.start[-2:], window.shape[-2:]
         low_x, low_y, high_x, high_y = self.bounds_xy.T
-        here = (low_x >= x) & (low_y >= y) & (high_x <= x + width) & (high_y <= y + height)
+        middle_x, middle_y = (low_x + high_x) / 2, (low_y + high_y) / 2
+        here = (middle_x >= x) & (middle_y >= y) & (middle_x < x + width) & (middle_y < y + height)
         if len(window.start) == 3:
             here &= (self.plane >= window.start[0]) & (self.plane < window.stop[0])
         return np.flatnonzero(here)

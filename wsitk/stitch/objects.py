@@ -19,7 +19,7 @@ from wsitk.grid import Tile, TileGrid
 from wsitk.objects import ObjectTable
 from wsitk.stitch.seams import DROPPED, KEPT, UNDECIDED, Frames, conflicts, priority, settle
 
-__all__ = ["merge_objects", "select"]
+__all__ = ["each_block", "merge_objects", "select"]
 
 Array = NDArray[Any]
 
@@ -96,6 +96,22 @@ def merge_objects(grid: TileGrid, load_block: Callable[[int], ObjectTable | None
         yield from front.leave()
 
 
+def each_block(grid: TileGrid, load_block: Callable[[int], ObjectTable | None]) -> Iterator[ObjectTable]:
+    """Yield the objects of each block that has any, as they are: for models of which no two tiles tell the same.
+
+    Ordered as `merge_objects` orders them.
+    """
+    for block in range(prod(grid.block_counts)):
+        table = load_block(block)
+        if table is not None and len(table):
+            yield table.take(_order(table))
+
+
+def _order(table: ObjectTable) -> NDArray[np.intp]:
+    """Return the order of a block's objects: by anchor, then tile, then size."""
+    return np.lexsort((table.size, table.tile, *table.anchor.T[::-1]))
+
+
 class _Front:
     """The rows of blocks in memory: their objects, what is decided of them, and the open conflicts.
 
@@ -138,7 +154,7 @@ class _Front:
             rows = np.flatnonzero((self.block[:count] == block) & (self.state[:count] == KEPT))
             if len(rows):
                 kept = self.table.take(rows)
-                yield kept.take(np.lexsort((kept.size, kept.tile, *kept.anchor.T[::-1])))
+                yield kept.take(_order(kept))
         if count:
             self.table = self.table.take(np.arange(count, len(self.table)))
             self.block, self.state, self.alone = self.block[count:], self.state[count:], self.alone[count:]
