@@ -201,12 +201,12 @@ def test_error_codes_and_their_page_agree() -> None:
 
 
 RANGE = {
-    "UsageError": "[089]",
-    "SourceError": "[189]",
+    "UsageError": "[0689]",
+    "SourceError": "[1689]",
     "SpacingError": "2",
-    "ModelError": "3",
-    "WorkError": "[48]",
-    "OutputError": "[58]",
+    "ModelError": "[36]",
+    "WorkError": "[468]",
+    "OutputError": "[568]",
 }
 
 

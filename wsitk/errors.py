@@ -2,6 +2,7 @@
 
     WsitkError
     ├── UsageError        WSI0xx  the command or the call is wrong             exit 2
+    │                     WSI6xx  uncertainty, restoration, artifacts          exit 2
     │                     WSI8xx  evaluating and training                      exit 2
     │                     WSI9xx  data to learn from, and splits               exit 2
     ├── SourceError       WSI1xx  a file cannot be opened or read              exit 1
