@@ -49,6 +49,7 @@ ORDER = (
     "card",
     "splits",
     "record",
+    "plate_table",
     "result",
     "contact_sheet",
     "json_stream",

@@ -199,7 +199,8 @@ def test_levels_that_are_no_reductions_are_ignored(tmp_path: Path, caplog: pytes
 
 def test_stacks_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.ome.tiff"
-    tifffile.imwrite(path, np.zeros((4, 128, 128), np.uint16), tile=(64, 64), photometric="minisblack")
+    stack = np.zeros((4, 128, 128), np.uint16)
+    tifffile.imwrite(path, stack, tile=(64, 64), photometric="minisblack", metadata={"axes": "ZYX"})
     with pytest.raises(SourceError, match=r"WSI130 .* 4 planes"):
         open_source(path)
 

@@ -16,6 +16,7 @@ from wsitk.reading.client import ReaderProcess
 from wsitk.reading.server import TileImage
 from wsitk.settings import Settings
 from wsitk.sources.base import Source, SourceRef
+from wsitk.sources.channel_choice import choose_channels
 
 __all__ = ["Input", "Planner", "reference_to"]
 
@@ -24,18 +25,25 @@ __all__ = ["Input", "Planner", "reference_to"]
 class Input:
     """One thing to work on: its name below the output folder, and a path or an open source.
 
-    `also` are files of the same patient in the same position, which become further channels of a volume.
+    `also` are files of the same patient in the same position, which become further channels of a volume; `restored`
+    is the folder of a restoration that is laid over the image.
     """
 
     name: str
     source: str | Source
     also: tuple[str, ...] = ()
+    restored: str = ""
 
 
 def reference_to(item: Input, mpp: Mapping[str, float] | float | None) -> SourceRef:
     """Return how any process opens an input that is a file; `mpp` is the pixel size of all inputs, or by name."""
     stated = mpp.get(item.name) if isinstance(mpp, Mapping) else mpp
-    options = {"mpp": stated, "name": PurePosixPath(item.name).name, "also": item.also or None}
+    options = {
+        "mpp": stated,
+        "name": PurePosixPath(item.name).name,
+        "also": item.also or None,
+        "restored": item.restored or None,
+    }
     return SourceRef(str(item.source), {k: v for k, v in options.items() if v is not None})
 
 
@@ -73,15 +81,21 @@ class Planner:
 
     def _way_to(self, item: Input) -> Access:
         if not isinstance(item.source, Source):
-            return Access(reference_to(item, self.mpp), self.reader)
+            return Access(self._chosen(reference_to(item, self.mpp)), self.reader)
         if item.source.ref is not None:
-            return Access(item.source.ref, self.reader)
+            return Access(self._chosen(item.source.ref), self.reader)
         if not self.here:
             raise UsageError(
                 "WSI025",
                 f"{item.name} is not a file, so the model must run here: give the model, not its name",
             )
-        return self._held.setdefault(f"memory:{item.name}", Access(item.source, self.reader))
+        source = choose_channels(item.source, self.settings.channels, self.spec.channel_names)
+        return self._held.setdefault(f"memory:{item.name}", Access(source, self.reader))
+
+    def _chosen(self, ref: SourceRef) -> SourceRef:
+        """Return how to open an input with the channels that the user asks for, or else the model."""
+        asked = {"channels": self.settings.channels, "wanted": self.spec.channel_names}
+        return SourceRef(ref.path, {**ref.options, **{k: v for k, v in asked.items() if v}})
 
 
 def _check_name(name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, final
@@ -109,6 +109,15 @@ class Source(ABC):
 
         Raises SourceError (WSI111) if it cannot be decoded. Called from several threads at once.
         """
+
+    def read_channels(self, region: Region, level: int, channels: Sequence[int]) -> Reading:
+        """Return some channels of a region, in this order; an image without a channel axis has channel 0.
+
+        Sources that store channels apart read no others.
+        """
+        reading = self.read_inside(region, level)
+        pixels = reading.pixels if "c" in self.axes else reading.pixels[..., None]
+        return Reading(np.ascontiguousarray(pixels[..., list(channels)]), reading.absent)
 
     @abstractmethod
     def close(self) -> None:

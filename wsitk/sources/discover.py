@@ -18,6 +18,7 @@ from types import MappingProxyType
 
 from wsitk.errors import UsageError
 from wsitk.sources.dicom_header import SeriesFile, read_header
+from wsitk.sources.plate import matching, named_images, split_path
 
 __all__ = ["Discovery", "Input", "companions", "expand_inputs"]
 
@@ -30,7 +31,10 @@ _LONGEST = 200  # bytes of one component of a name, so that what is written besi
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """A file to open, and the name of its results: a relative path with ``/``, safe on disk."""
+    """A file to open, and the name of its results: a relative path with ``/``, safe on disk.
+
+    A well of a plate is ``plate.ome.tiff#A01`` as a path, and ``plate.ome.tiff/A01`` as a name.
+    """
 
     path: Path
     name: str
@@ -57,20 +61,26 @@ def expand_inputs(inputs: Sequence[str | os.PathLike[str]]) -> Discovery:
 
     A file that was named is an input whatever it is; in folders and globs, what is no slide, volume or image
     is left out and counted. Names are paths below the inputs' common root, extension kept; a DICOM series is
-    called by its folder if that holds nothing else, by its first file otherwise. Raises UsageError (WSI023)
-    for a path that does not exist or a pattern that matches nothing.
+    called by its folder if that holds nothing else, by its first file otherwise. A file of many images, such as
+    a plate, is an input for each of them, or for those named behind a ``#``: ``plate.ome.tiff#A*``. Raises
+    UsageError: WSI023 for a path that does not exist or a pattern that matches nothing, WSI084 for a well that
+    a plate doesn't have.
     """
     skipped: dict[str, str] = {}
     found: list[_Found] = []
     roots: list[str] = []
+    asked: dict[str, list[str]] = {}
     for given in inputs:
-        for path, named in _matches(os.fspath(given)):
+        file, key = split_path(os.fspath(given))
+        for path, named in _matches(file):
+            asked.setdefault(path, []).append(key)
             roots.append(path if os.path.isdir(path) else os.path.dirname(path))
             found += _walk(path, named, skipped, set())
     if not roots:
         raise UsageError("WSI023", "no inputs; name files, folders or patterns")
     chosen = _without_parts(_once(found, skipped), skipped)
-    items = _named(chosen, os.path.commonpath(roots))
+    files = _named(chosen, os.path.commonpath(roots))
+    items = [image for item in files for image in _images(item, asked.get(str(item.path), [""]))]
     return Discovery(tuple(items), MappingProxyType(dict(sorted(Counter(skipped.values()).items()))))
 
 
@@ -202,6 +212,22 @@ def _named(chosen: Sequence[tuple[str, str]], root: str) -> list[Input]:
         relative = os.path.relpath(whole, root)
         taken[path] = _safe(os.path.basename(root) if relative == os.curdir else relative)
     return sorted((Input(Path(p), n) for p, n in taken.items()), key=lambda item: item.name)
+
+
+def _images(item: Input, asked: Sequence[str]) -> Iterator[Input]:
+    """Yield the images of a file that holds many, those `asked` for (an empty word asks for all), or itself."""
+    tiff = _suffix(str(item.path)) in (".tif", ".tiff")
+    keys = named_images(str(item.path)) if tiff else ()
+    for key in asked:
+        if key and not matching(keys, key):
+            listed = f"it holds {keys[0]} to {keys[-1]}" if keys else "it is one image; leave the # out"
+            raise UsageError("WSI084", f"{item.name} holds no image {key!r}; {listed}")
+    if not keys:
+        yield item
+    chosen = {k for key in asked for k in (matching(keys, key) if key else keys)}
+    for key in keys:
+        if key in chosen:
+            yield Input(Path(f"{item.path}#{key}"), f"{item.name}/{key}")
 
 
 def _ancestors(path: str) -> Iterator[str]:

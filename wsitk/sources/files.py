@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import stat
 from collections.abc import Iterable, Sequence
 from math import prod
 from pathlib import Path
@@ -19,7 +20,8 @@ from wsitk.sources.ifd_digest import ifd_digest
 
 __all__ = [
     "MAX_PIXELS", "MAX_TILE_BYTES", "MAX_WHOLE_BYTES", "check_pixels", "closed", "consistent_levels",
-    "downsample", "file_identity", "file_stamp", "make_levels", "over_white", "probe", "reference", "reopen",
+    "downsample", "file_identity", "file_stamp", "make_levels", "over_white", "probe", "reference", "refuse_special",
+    "reopen",
 ]  # fmt: skip
 
 logger = logging.getLogger("wsitk.sources")
@@ -48,6 +50,16 @@ def probe(path: str, name: str) -> bytes:
     if not head:
         raise SourceError("WSI102", f"{name}: the file is empty; copy it again")
     return head
+
+
+def refuse_special(path: str | os.PathLike[str], name: str) -> None:
+    """Raise SourceError (WSI100) for a pipe, a socket or a device: reading one may never end."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return  # the reader has the system's words for it
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise SourceError("WSI100", f"{name}: a pipe, socket or device, no file; name a file")
 
 
 def reference(path: str, reader: str, mpp: float | Sequence[float] | None, name: str | None) -> SourceRef:

@@ -1,11 +1,7 @@
-"""Tiled TIFF, OME-TIFF and SVS decoded directly: pread, one codec call per tile, a bounded cache."""
+"""Tiled TIFF, OME-TIFF and SVS of one grey or colour image, decoded directly."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -19,7 +15,6 @@ from wsitk.geometry import Region, Spacing
 from wsitk.sources.array import default_channels
 from wsitk.sources.base import Reading, Source, SourceRef
 from wsitk.sources.files import (
-    closed,
     consistent_levels,
     file_identity,
     file_stamp,
@@ -30,7 +25,6 @@ from wsitk.sources.files import (
     reopen,
 )
 from wsitk.sources.spacing import explicit, judge
-from wsitk.sources.tiff_codecs import decode_tile
 from wsitk.sources.tiff_pages import (
     LOOKED_AT,
     TiledPage,
@@ -40,10 +34,10 @@ from wsitk.sources.tiff_pages import (
     pages_of_pyramid,
     stated_spacings,
 )
+from wsitk.sources.tiff_store import CACHE_BYTES, TileStore
 
 __all__ = ["TiffSource", "read_plain_tiff"]
 
-CACHE_BYTES = 64 << 20
 _DIRECT_VENDORS = ("aperio", "generic-tiff", "")
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
@@ -81,8 +75,8 @@ class TiffSource(Source):
         self.spacing, self.spacing_error = judge(self.name, explicit(mpp, 2) + stated, LOOKED_AT)
         self.bounds = Region((0, 0), self.levels[0].shape)
         self.ref: SourceRef = reference(self._path, "tiff", mpp, name)
-        self._cache = _TileCache(cache_bytes)
-        self._file: _Descriptor | None = _Descriptor(self._path)
+        self._store = TileStore(self._path, self.name, cache_bytes)
+        self._cache = self._store.cache
 
     def _parse(self) -> tuple[list[TiledPage], list[Spacing]]:
         """Return the pages that may be levels, and the stated pixel sizes."""
@@ -138,51 +132,9 @@ class TiffSource(Source):
         return len(self.channel_names) + self._alpha
 
     def _tile(self, page: TiledPage, level: int, place: tuple[int, int]) -> NDArray[Any] | None:
-        """Return one decoded tile, None where the file holds none; decodes outside the lock."""
-        index = place[0] * page.grid[1] + place[1]
-        if page.offsets[index] <= 0 or page.counts[index] <= 0:
-            return None
-        key = (level, index)
-        pixels = self._cache.get(key)
-        if pixels is None:
-            pixels = self._decode(page, level, place, index)
-            self._cache.put(key, pixels)
-        return pixels
-
-    def _decode(self, page: TiledPage, level: int, place: tuple[int, int], index: int) -> NDArray[Any]:
-        """Read and decode a tile, a second time if the first one fails; raises SourceError (WSI111)."""
-        for attempt in range(2):
-            data = self._bytes(page, index)
-            try:
-                return decode_tile(page, data, index)
-            except Exception as error:  # imagecodecs has an exception type per codec
-                if attempt:
-                    text = f"{self.name}: level {level} tile ({place[0]},{place[1]}): {error}"
-                    raise SourceError("WSI111", text) from error
-        raise closed(self.name)
-
-    def _bytes(self, page: TiledPage, index: int) -> bytes:
-        """Return the stored bytes of a tile; reopens the file where the system fails (WSI150)."""
-        offset, count = int(page.offsets[index]), int(page.counts[index])
-        for attempt in range(3):
-            file = self._file
-            if file is None:
-                raise closed(self.name)
-            try:
-                return os.pread(file.number, count, offset)
-            except OSError as error:
-                if attempt == 2:
-                    text = f"{self.name}: {error.strerror or error} at byte {offset:,}, 3 tries"
-                    raise SourceError("WSI150", text) from error
-                self._reopen()
-        raise closed(self.name)
-
-    def _reopen(self) -> None:
-        """Replace the descriptor, which may have gone stale on a network drive."""
-        with contextlib.suppress(OSError):  # the next read will say so
-            fresh = _Descriptor(self._path)
-            if self._file is not None:
-                self._file = fresh
+        """Return one decoded tile, None where the file holds none."""
+        words = f"level {level} tile ({place[0]},{place[1]})"
+        return self._store.get(page, level, place[0] * page.grid[1] + place[1], words)
 
     def __reduce__(self) -> tuple[Any, tuple[SourceRef]]:
         """Pickle as a reference; the file is opened again where it arrives."""
@@ -198,48 +150,7 @@ class TiffSource(Source):
 
     def close(self) -> None:
         """Close the file and forget decoded tiles."""
-        self._file = None
-        self._cache.clear()
-
-
-class _Descriptor:
-    """An open file that closes when its last user lets go, so that no read meets another file's number."""
-
-    def __init__(self, path: str) -> None:
-        self.number = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if hasattr(self, "number"):
-            os.close(self.number)
-
-
-class _TileCache:
-    """Decoded tiles, the least recently used dropped beyond a number of bytes; safe in threads."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit, self._used = limit, 0
-        self._lock = threading.Lock()
-        self._tiles: OrderedDict[tuple[int, int], NDArray[Any]] = OrderedDict()
-
-    def get(self, key: tuple[int, int]) -> NDArray[Any] | None:
-        with self._lock:
-            pixels = self._tiles.get(key)
-            if pixels is not None:
-                self._tiles.move_to_end(key)
-            return pixels
-
-    def put(self, key: tuple[int, int], pixels: NDArray[Any]) -> None:
-        with self._lock:
-            if key not in self._tiles:
-                self._tiles[key] = pixels
-                self._used += pixels.nbytes
-            while self._used > self._limit:
-                self._used -= self._tiles.popitem(last=False)[1].nbytes
-
-    def clear(self) -> None:
-        with self._lock:
-            self._tiles.clear()
-            self._used = 0
+        self._store.close()
 
 
 def _leave_to_openslide(path: str, name: str) -> None:
@@ -272,7 +183,8 @@ def _check_planes(first: Any, file: Any, name: str) -> None:
     planes = sum(1 for p in file.pages if p.is_tiled and p.shape == first.shape)
     if planes > 1:
         raise SourceError(
-            "WSI130", f"{name}: {planes} planes of one size (a stack, or channels); extract one"
+            "WSI130",
+            f"{name}: {planes} planes of one size: name some as --channels 0,1 if that is what they are",
         )
 
 
@@ -290,7 +202,10 @@ def read_plain_tiff(path: str, name: str) -> tuple[NDArray[Any], list[Spacing], 
             check_chain(file, name)
             first = file.pages.first
             if sum(1 for p in file.pages if p.shape == first.shape) > 1:
-                raise SourceError("WSI130", f"{name}: several planes of one size (a stack); extract one")
+                raise SourceError(
+                    "WSI130",
+                    f"{name}: several planes of one size: name some as --channels 0,1 if that is what they are",
+                )
             check_whole(name, int(first.size) * first.dtype.itemsize)
             check_segments(first, 0, file.filehandle.size, name)
             stated = stated_spacings(first, False, file.ome_metadata if file.is_ome else None)

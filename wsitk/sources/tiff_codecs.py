@@ -25,6 +25,8 @@ def decode_tile(page: TiledPage, data: bytes, index: int) -> NDArray[Any]:
     expected = int(page.counts[index])
     if len(data) != expected:
         raise ValueError(f"{len(data)} of {expected} bytes, the file was cut after it was opened")
+    if page.raw is not None:
+        return np.frombuffer(data, page.raw).reshape(-1, page.tile[1], int(page.page.samplesperpixel))
     fault = _fault(page, data)
     if fault:
         raise ValueError(fault)

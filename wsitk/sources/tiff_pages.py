@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from wsitk.errors import SourceError
 from wsitk.geometry import Spacing
 from wsitk.sources.files import MAX_TILE_BYTES, check_pixels
+from wsitk.sources.ome_xml import parse_ome
 from wsitk.sources.spacing import parse_number
 
 __all__ = [
@@ -30,13 +30,15 @@ __all__ = [
 LOOKED_AT = ("aperio.MPP", "OME PhysicalSizeX", "tiff.XResolution")
 
 _CODECS = {1, 5, 7, 8, 32773, 32946, 33003, 33004, 33005, 34712, 34925, 34926, 50000, 50001}
-_OME_UNIT_UM = {"µm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "pm": 1e-6, "in": 25_400.0}
 _RESOLUTION_UNIT_UM = {2: 25_400.0, 3: 10_000.0}
 
 
 @dataclass(frozen=True)
 class TiledPage:
-    """One tiled page: shape in pixels, tile shape, and where each tile lies in the file (C order)."""
+    """One page of tiles or strips: shape in pixels, tile shape, and where each lies in the file (C order).
+
+    `raw` is the type of stored numbers that need no decoding; None where a codec gives them.
+    """
 
     page: Any
     shape: tuple[int, int]
@@ -45,11 +47,13 @@ class TiledPage:
     offsets: NDArray[np.int64]
     counts: NDArray[np.int64]
     jpeg_tables: bytes | None
+    raw: np.dtype[Any] | None = None
 
 
-def page_of(page: Any, name: str) -> TiledPage:
+def page_of(page: Any, name: str, parts: int = 1) -> TiledPage:
     """Return what a tifffile page states; raises SourceError for what cannot or must not be decoded.
 
+    A strip is a tile as wide as the image; samples stored apart are `parts` images one after the other.
     WSI140 and WSI141 for sizes beyond the limits, WSI101 for the rest (another reader may know better).
     """
     shape = (int(page.imagelength), int(page.imagewidth))
@@ -57,7 +61,9 @@ def page_of(page: Any, name: str) -> TiledPage:
     if int(page.compression) not in _CODECS:
         raise SourceError("WSI101", f"{name}: TIFF compression {int(page.compression)} has no decoder here")
     tile = (int(page.tilelength), int(page.tilewidth))
-    if min(tile) < 1 or int(page.tiledepth) != 1:
+    if not page.is_tiled:
+        tile = (min(int(page.rowsperstrip), shape[0]), shape[1])
+    if min(tile) < 1 or (page.is_tiled and int(page.tiledepth) != 1):
         raise SourceError("WSI101", f"{name}: tiles of {tile} pixels; the file is damaged")
     nbytes = math.prod(tile) * int(page.samplesperpixel) * page.dtype.itemsize
     if nbytes > MAX_TILE_BYTES:
@@ -66,8 +72,10 @@ def page_of(page: Any, name: str) -> TiledPage:
         )
     grid = (-(-shape[0] // tile[0]), -(-shape[1] // tile[1]))
     offsets, counts = (np.asarray(v, np.int64) for v in (page.dataoffsets, page.databytecounts))
-    if len(offsets) != math.prod(grid) or len(counts) != len(offsets):
-        raise SourceError("WSI101", f"{name}: lists {len(offsets)} tiles where {math.prod(grid)} belong")
+    if len(offsets) != math.prod(grid) * parts or len(counts) != len(offsets):
+        raise SourceError(
+            "WSI101", f"{name}: lists {len(offsets)} tiles where {math.prod(grid) * parts} belong"
+        )
     return TiledPage(page, shape, tile, grid, offsets, counts, page.jpegtables)
 
 
@@ -151,23 +159,10 @@ def stated_spacings(page: Any, aperio: bool, ome_xml: str | None) -> list[Spacin
 
 
 def _ome_spacing(xml: str) -> list[Spacing]:
-    """Return PhysicalSizeY and X of the first image of an OME document, in micrometres."""
-    if "<!DOCTYPE" in xml or "<!ENTITY" in xml:  # nobody writes them; entities can explode
-        return []
-    try:
-        root = ElementTree.fromstring(xml)
-    except ElementTree.ParseError:
-        return []
-    pixels = next((e for e in root.iter() if e.tag.rpartition("}")[2] == "Pixels"), None)
-    if pixels is None or not {"PhysicalSizeX", "PhysicalSizeY"} & set(pixels.attrib):
-        return []
-    size = {a: pixels.get(f"PhysicalSize{a}") for a in "XY"}
-    values = []
-    for axis, other in (("Y", "X"), ("X", "Y")):
-        told = axis if size[axis] is not None else other
-        unit = pixels.get(f"PhysicalSize{told}Unit", "µm").replace("\u03bc", "µ")
-        values.append(parse_number(size[told]) * _OME_UNIT_UM.get(unit, math.nan))
-    return [Spacing(tuple(values), "OME PhysicalSizeX")]
+    """Return the pixel size of the first image of an OME document."""
+    document = parse_ome(xml)
+    first = document.images[0].spacing if document and document.images else None
+    return [first] if first else []
 
 
 def _resolution_tag(page: Any) -> list[Spacing]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from wsitk.sources.base import Source
 from wsitk.sources.resample import Rule
 from wsitk.sources.spacing import require_spacing
 from wsitk.volumes.nnunet_rules import (
+    QUANTILES,
     Affine,
     IntensityRule,
     Moments,
@@ -28,8 +29,9 @@ from wsitk.volumes.nnunet_rules import (
     nonzero_box,
     resampling,
 )
+from wsitk.volumes.quantiles import Histogram
 
-__all__ = ["View", "ViewRules", "channels_of", "foreground_of", "slabs", "survey", "voxels_of"]
+__all__ = ["View", "ViewRules", "channels_of", "foreground_of", "settled", "slabs", "survey", "voxels_of"]
 
 _SLAB_PIXELS = 1 << 22
 _MOST_PIXELS = 1 << 34
@@ -41,13 +43,18 @@ class ViewRules:
     """What a model asks of a view: pixel size (None: as it is), the box, the intensities and their order.
 
     `crop` leaves out what is zero around the input. `rules` has one entry for all channels, or one for each;
-    they are applied before the input is resampled if `first`, else to what came of that.
+    they are applied before the input is resampled if `first`, else to what came of that. `way` is how it is
+    resampled, `fit` the shape that it is brought to, whatever its own. `orientation` is where a volume's axes x, y
+    and z must point, as NIfTI's letters say it ("RAS": to the right, the front, the head); empty takes any.
     """
 
     spacing: tuple[float, ...] | None
     crop: bool = False
     rules: tuple[IntensityRule, ...] = ()
     first: bool = False
+    way: Rule = "cubic"
+    fit: tuple[int, ...] = ()
+    orientation: str = ""
 
     def each(self, channels: int) -> tuple[IntensityRule, ...]:
         """Return a rule for each channel; none at all if intensities stay as they are."""
@@ -84,6 +91,10 @@ class View:
     intensities
         What becomes of each channel's values; `masked` where they are 0 outside of the foreground; `first`:
         before resampling.
+    way
+        How values between pixels are found.
+    turned
+        The axes along which a tile is turned round before the network sees it.
     """
 
     crop: Region
@@ -94,6 +105,8 @@ class View:
     intensities: tuple[Affine, ...] = ()
     masked: tuple[bool, ...] = ()
     first: bool = False
+    way: Rule = "cubic"
+    turned: tuple[int, ...] = ()
 
     @property
     def scale(self) -> tuple[float, ...]:
@@ -116,24 +129,47 @@ class View:
             "shape": list(self.shape),
             "slices_apart": self.apart,
             "intensities": [[repr(v) for v in (a.shift, a.scale, a.low, a.high)] for a in self.intensities],
+            "way": self.way,
+            "turned": list(self.turned),
         }
+
+
+def settled(source: Source, rules: ViewRules) -> ViewRules:
+    """Return the rules with nothing left open that the kind of input decides."""
+    # what a radiograph's look-up tables give is no picture of bytes, even where it fits into them
+    picture = source.dtype == np.uint8 and source.channel_names != ("intensity",)
+    shown: Literal["byte", "unit"] = "byte" if picture else "unit"
+    return replace(
+        rules, rules=tuple(replace(r, scheme=shown) if r.scheme == "shown" else r for r in rules.rules)
+    )
 
 
 def survey(source: Source, rules: ViewRules) -> View:
     """Return the view of an open source, of whose intensities only those are known that the input itself tells.
 
     Where the moments are those of the resampled volume (``rules.first`` is false), `intensities` stay empty; see
-    `view_of`. Reads the whole input, at most twice. Raises SpacingError (WSI201, WSI202, WSI205) and SourceError
+    `view_of`. Reads the whole input, at most three times. Raises SpacingError (WSI201, WSI202, WSI205) and SourceError
     (WSI111; WSI114 if everything is zero).
     """
     crop = foreground_of(source) if rules.crop else Region((0,) * source.ndim, source.shape)
     plan = _resampling(source, crop, rules)
     changes = plan.shape != crop.shape
-    view = View(crop, plan.shape, plan.axis if changes else None, masked=rules.masks(channels_of(source)))
-    if not changes and not rules.need_moments:
-        return replace(view, intensities=rules.numbers(channels_of(source)), first=True)
+    view = View(
+        crop,
+        plan.shape,
+        plan.axis if changes else None,
+        masked=rules.masks(channels_of(source)),
+        way=rules.way,
+        turned=_turned(source, rules.orientation),
+    )
+    bounded = changes and rules.way == "cubic"  # other ways never overshoot
+    if not bounded and not rules.need_moments:
+        first = rules.first or not changes
+        return replace(view, intensities=rules.numbers(channels_of(source)), first=first)
     mask = voxels_of(source, crop) if any(view.masked) else None
     moments, low, high = _gather(source, view, mask)
+    if any(rule.needs_quantiles for rule in rules.rules):
+        moments = _with_quantiles(source, view, mask, moments)
     first = rules.first or not changes
     known = first or not rules.need_moments
     numbers = rules.numbers(channels_of(source), moments) if known else ()
@@ -185,11 +221,37 @@ def voxels_of(source: Source, crop: Region) -> NDArray[np.bool_]:
     return foreground(mask[None])
 
 
+def _turned(source: Source, orientation: str) -> tuple[int, ...]:
+    """Return the axes, of (z, y, x), that run against `orientation`.
+
+    Raises SourceError (WSI135) for a volume whose axes stand in another order than x, y, z. What doesn't say how
+    it lies is taken as it is.
+    """
+    if not orientation or source.frame is None:
+        return ()
+    # columns are the axes z, y, x; rows are x, y, z of LPS
+    cosines = source.frame.directions[:, ::-1]
+    if (np.abs(cosines).argmax(axis=0) != np.arange(3)).any():
+        raise SourceError(
+            "WSI135",
+            f"{source.name}: its slices are not axial, and the model was trained on volumes in the order "
+            f"{orientation}; reorient it first (nibabel.as_closest_canonical, SimpleITK.DICOMOrient)",
+        )
+    against = zip("LPS", np.diag(cosines), orientation, strict=True)
+    return tuple(
+        sorted(2 - k for k, (plus, way, wanted) in enumerate(against) if (way > 0) != (plus == wanted))
+    )
+
+
 def _resampling(source: Source, crop: Region, rules: ViewRules) -> Resampling:
+    if rules.fit:
+        return Resampling(rules.fit, 3)
     if rules.spacing is None:
         return Resampling(crop.shape, 3)
     um = require_spacing(source).um
     plan = resampling(crop.shape, um, rules.spacing)
+    if rules.way != "cubic":  # slices apart are nnU-Net's idea
+        plan = replace(plan, axis=None)
     times = prod(plan.shape) / crop.size
     if min(plan.shape) < 1 or prod(plan.shape) > _MOST_PIXELS or times > _MOST_TIMES:
         have, want, old, new = (
@@ -233,6 +295,21 @@ def _gather(
         low[rows] = np.minimum(low[rows], pixels.min(axis=across))
         high[rows] = np.maximum(high[rows], pixels.max(axis=across))
     return moments, low, high
+
+
+def _with_quantiles(
+    source: Source, view: View, mask: NDArray[np.bool_] | None, moments: Sequence[Moments]
+) -> list[Moments]:
+    """Return each channel's moments with its quantiles, for which the input is read once more."""
+    counted = [Histogram(m.low, m.high, source.dtype) for m in moments]
+    for slab in slabs(view.crop.shape, len(counted)):
+        place = Region(tuple(a + b for a, b in zip(slab.start, view.crop.start, strict=True)), slab.shape)
+        pixels = _voxels(source, place)
+        for k, histogram in enumerate(counted):
+            known = mask is None or not view.masked[k]
+            histogram.add(pixels[..., k] if known or mask is None else pixels[..., k][mask[slab.slices()]])
+    each = zip(moments, counted, strict=True)
+    return [replace(m, quantiles=tuple(map(h.quantile, QUANTILES))) for m, h in each]
 
 
 def _finite(values: NDArray[Any], source: Source) -> NDArray[Any]:

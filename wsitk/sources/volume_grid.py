@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from wsitk.geometry import Region
 from wsitk.sources.base import Reading, Source
 from wsitk.sources.resample import Rule, Taps, apply_taps, interpolate
-from wsitk.sources.view import View, ViewRules, channels_of, slabs, survey, voxels_of
+from wsitk.sources.view import View, ViewRules, channels_of, settled, slabs, survey, voxels_of
 from wsitk.sources.working import WorkingGrid
 from wsitk.volumes.nnunet_rules import Moments
 
@@ -30,7 +30,7 @@ _PIECE_VALUES = 1 << 24
 
 @final
 class VolumeGrid(WorkingGrid):
-    """A source as `view` shows it, interpolated by cubic splines. `fill` is in normalised units.
+    """A source as `view` shows it, interpolated by cubic splines unless that says otherwise. `fill` is in normalised units.
 
     Values are those of nnU-Net's preprocessing of the whole volume (skimage's `resize` of order 3, slice by slice
     where the view sets an axis apart), to about 1e-7 of their range.
@@ -59,7 +59,7 @@ class VolumeGrid(WorkingGrid):
         """Return a region inside the grid, computed in pieces that bound the memory."""
         if not region.size:
             return Reading(np.empty((*region.shape, self.channels), self.dtype))
-        taps = self._taps(region, "cubic")
+        taps = self._taps(region, self.view.way)
         if self.channels * prod(t.stop - t.start for t in taps) <= _PIECE_VALUES or region.size == 1:
             return self._piece(region, taps)
         pixels = np.empty((*region.shape, self.channels), self.dtype)
@@ -97,8 +97,8 @@ class VolumeGrid(WorkingGrid):
     def _clipped(self, values: NDArray[np.float64], taps: tuple[Taps, ...]) -> NDArray[np.float32]:
         """Return interpolated values, none beyond the extremes of the volume, or of its own slice."""
         low, high, apart = self.view.low, self.view.high, self.view.apart
-        assert low is not None  # set wherever something is resampled
-        assert high is not None
+        if low is None or high is None:  # no way but splines overshoots
+            return values.astype(np.float32)
         if apart is not None:
             shape = [1] * len(taps) + [self.channels]
             shape[apart] = len(taps[apart].first)
@@ -150,6 +150,7 @@ def view_of(source: Source, rules: ViewRules) -> View:
 
     Raises what `survey` raises.
     """
+    rules = settled(source, rules)
     view = survey(source, rules)
     if not rules.rules or view.intensities:
         return view
