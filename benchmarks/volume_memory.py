@@ -1,6 +1,6 @@
 """Peak memory of labelling a CT with many classes, and nnU-Net's way beside it.
 
-    OMP_NUM_THREADS=2 python benchmarks/volume_memory.py [--shape 700 512 512] [--classes 2 105] [--step 0.5]
+    OMP_NUM_THREADS=2 python benchmarks/volume_memory.py [--shape 700 512 512] [--classes 2 105] [--step 0.5] [--theirs]
 
 A synthetic CT of 700 x 512 x 512 voxels goes through `wsitk.run` with a stub network: features are powers of the
 intensity, its head gives each class a fixed mixture of them. The volume is computed where it is read, and the
@@ -8,8 +8,10 @@ run is one process, so that its peak is the memory of everything: reading, netwo
 of classes has a process of its own. `--step 1` has an eighth of the tiles, and the same memory.
 
 Scratch is the room on disk that the scores of one layer of tiles take, beside the output; it does not grow with
-the number of slices. nnU-Net's way is computed, not run: scores of all classes for the whole volume in
-float32, and (version 1) as many weights; not counted are the copies made when they are resampled.
+the number of slices. nnU-Net's way is computed: scores of all classes for the whole volume, in version 1 in
+float32 with as many weights, in version 2 in float16 with one weight for each voxel; not counted are the copies
+made when they are resampled. With ``--theirs`` version 1's accumulators are really filled, tile by tile, in a
+process of its own: choose a shape that fits.
 """
 
 from __future__ import annotations
@@ -35,8 +37,9 @@ from wsitk.geometry import Region
 from wsitk.grid import TileGrid
 from wsitk.model import ChunkedModel, FieldSpec, ModelSpec
 from wsitk.sources.array import ArraySource
-from wsitk.stitch.labels import Canvas, LabelStitcher
-from wsitk.volumes.nnunet_rules import IntensityRule
+from wsitk.stitch.labels import LabelStitcher
+from wsitk.stitch.layers import Canvas
+from wsitk.volumes.nnunet_rules import IntensityRule, gaussian
 
 TILE = (128, 128, 128)
 FEATURES = 16
@@ -116,10 +119,34 @@ def once(shape: tuple[int, ...], classes: int, step: float, out: str) -> dict[st
         "classes": classes,
         "tiles": len(grid),
         "seconds": time.perf_counter() - started,
-        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6 * 1.024,
+        "peak_gb": peak_gb(),
         "scratch_gb": stitcher.scratch_bytes / 1e9,
         "labels": len(result.provenance["labels"]),
     }
+
+
+def theirs(shape: tuple[int, ...], classes: int, step: float) -> dict[str, float]:
+    """Fill version 1's accumulators for a volume; return how much memory that took."""
+    model, source = Stub(classes, step), SyntheticCT(shape)
+    before = peak_gb()
+    scores = np.zeros((classes, *shape), np.float32)
+    weights = np.zeros((classes, *shape), np.float32)
+    window = gaussian(TILE)
+    for tile in TileGrid.sliding(Region((0, 0, 0), shape), TILE, step):
+        here = tile.read.intersect(Region((0, 0, 0), shape)).slices()
+        pixels = torch.from_numpy(source[here].astype(np.float32) / 400)[None, None]
+        with torch.inference_mode():
+            found = model.head(model.predict(pixels), "organs", 0, classes)[0].softmax(0).numpy()
+        part = window[tuple(slice(0, n) for n in found.shape[1:])]
+        scores[(slice(None), *here)] += found * part
+        weights[(slice(None), *here)] += part
+    scores /= weights
+    return {"labels": int(scores.argmax(0).max()), "before_gb": before, "peak_gb": peak_gb()}
+
+
+def peak_gb() -> float:
+    """Return the most memory that this process has held, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6 * 1.024
 
 
 def main() -> None:
@@ -131,26 +158,45 @@ def main() -> None:
     parser.add_argument("--classes", type=int, nargs="+", default=(2, 105))
     parser.add_argument("--step", type=float, default=0.5)
     parser.add_argument("--scratch", help="folder for output and scratch file; default: the system's")
+    parser.add_argument("--theirs", action="store_true", help="fill nnU-Net 1's accumulators, too")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--fill", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     shape = tuple(options.shape)
+    if options.fill:
+        print(json.dumps(theirs(shape, options.fill, options.step)))
+        return
     if options.one:
         with tempfile.TemporaryDirectory(dir=options.scratch) as out:
             print(json.dumps(once(shape, options.one, options.step, out)))
         return
     print(f"{shape[0]} x {shape[1]} x {shape[2]} voxels, tile {TILE[0]}, step {options.step}", flush=True)
     for classes in options.classes:
-        rest = ["--shape", *map(str, shape), "--step", str(options.step), "--one", str(classes)]
+        rest = ["--shape", *map(str, shape), "--step", str(options.step)]
         rest += ["--scratch", options.scratch] if options.scratch else []
-        command = [sys.executable, str(Path(__file__).resolve()), *rest]
-        got = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        theirs = 4e-9 * prod(shape) * classes
+        got = apart([*rest, "--one", str(classes)])
+        one, two = 8e-9 * prod(shape) * classes, 2e-9 * prod(shape) * (classes + 1)
         print(
             f"{classes:4d} classes: peak {got['peak_gb']:.2f} GB, scratch {got['scratch_gb']:.2f} GB on disk, "
-            f"{got['tiles']} tiles in {got['seconds']:.0f} s; nnU-Net's way {theirs:.1f} GB "
-            f"({2 * theirs:.1f} GB in version 1)",
+            f"{got['tiles']} tiles in {got['seconds']:.0f} s; nnU-Net's accumulators {one:.1f} GB (version 1), "
+            f"{two:.1f} GB (version 2)",
             flush=True,
         )
+        if options.theirs:
+            got = apart([*rest, "--fill", str(classes)])
+            print(
+                f"     version 1's, filled: peak {got['peak_gb']:.2f} GB, {got['before_gb']:.2f} GB before",
+                flush=True,
+            )
+
+
+def apart(arguments: list[str]) -> dict[str, float]:
+    """Return what this script prints with other arguments, in a process of its own."""
+    command = [sys.executable, str(Path(__file__).resolve()), *arguments]
+    found: dict[str, float] = json.loads(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    )
+    return found
 
 
 if __name__ == "__main__":

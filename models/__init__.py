@@ -12,6 +12,7 @@ BUILTIN: dict[str, str] = {
     "hippocampus": "wsitk.models.hippocampus.model:default_model",
     "pet-ct-annotate": "wsitk.models.pet_ct_annotate.model:pet_ct_annotate",
     "pet-ct-annotate-proposals": "wsitk.models.pet_ct_annotate.model:proposals",
+    "pet-ct-annotate-refinement": "wsitk.models.pet_ct_annotate.model:refinement",
     "stunet-small": "wsitk.models.stunet.model:stunet_small",
     "stunet-base": "wsitk.models.stunet.model:stunet_base",
     "stunet-large": "wsitk.models.stunet.model:stunet_large",

@@ -11,6 +11,9 @@ from typing import Any
 
 SETTINGS: dict[str, Any] = {"tissue": "none", "block": 2, "workers": 2, "threads": 1, "device": "cpu"}
 
+DURABLE = ("replace", "rename", "fsync")
+"""Calls that make something durable."""
+
 
 def oracle_run(slide: str, out: str) -> None:
     """Run the oracle model over a slide file."""
@@ -20,8 +23,14 @@ def oracle_run(slide: str, out: str) -> None:
     wsitk.run(OracleModel(tile=(128, 128), halo=(32, 32)), slide, out=out, **SETTINGS)
 
 
-def die_at(step: int, slide: str, out: str) -> None:
-    """Run, and be killed as with `kill -9` just before the `step`-th call that makes something durable."""
+def die_at(
+    step: int,
+    slide: str,
+    out: str,
+    job: Callable[[str, str], None] = oracle_run,
+    calls: tuple[str, ...] = DURABLE,
+) -> None:
+    """Run, and be killed as with `kill -9` just before the `step`-th of such calls."""
     count = 0
 
     def counted(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,16 +43,22 @@ def die_at(step: int, slide: str, out: str) -> None:
 
         return call
 
-    for name in ("replace", "rename", "fsync"):
+    for name in calls:
         setattr(os, name, counted(getattr(os, name)))
-    oracle_run(slide, out)
+    job(slide, out)
     os._exit(0 if count < step else 1)
 
 
-def count_steps(slide: str, out: str, answer: str) -> None:
+def count_steps(
+    slide: str,
+    out: str,
+    answer: str,
+    job: Callable[[str, str], None] = oracle_run,
+    calls: tuple[str, ...] = DURABLE,
+) -> None:
     """Run to the end, and write to the file `answer` how many such calls there were."""
     count = 0
-    for name in ("replace", "rename", "fsync"):
+    for name in calls:
         real = getattr(os, name)
 
         def call(*args: Any, real: Any = real, **kwargs: Any) -> Any:
@@ -52,7 +67,7 @@ def count_steps(slide: str, out: str, answer: str) -> None:
             return real(*args, **kwargs)
 
         setattr(os, name, call)
-    oracle_run(slide, out)
+    job(slide, out)
     Path(answer).write_text(str(count))
 
 

@@ -20,7 +20,8 @@ from wsitk.errors import ModelError
 from wsitk.geometry import Region
 from wsitk.grid import Tile, TileGrid
 from wsitk.model import FieldSpec
-from wsitk.stitch.labels import Canvas, LabelMerger, LabelPart, LabelStitcher
+from wsitk.stitch.labels import LabelMerger, LabelPart, LabelStitcher
+from wsitk.stitch.layers import Canvas
 from wsitk.stitch.spool import Spool
 from wsitk.stitch.windows import outer, window
 

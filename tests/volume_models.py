@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import chain, combinations
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -112,3 +115,71 @@ def organs() -> Chunked:
     rules = (IntensityRule("zscore"),)
     spec = spec_of(spacing=(1500.0,) * 3, interpolation="cubic", crop=True, normalise=rules)
     return Chunked(Net(5), spec)
+
+
+def run_organs(path: str, out: str) -> None:
+    """Run that model over a file, in this process."""
+    import wsitk
+
+    wsitk.run(organs(), path, out=out, threads=1, workers=2, preview=False, device="cpu")
+
+
+class Bright(TileModel):
+    """Labels voxels above 0 as they are, with 2 above 1000: what it must say of an input is known."""
+
+    spec = spec_of(
+        fields=(FieldSpec("f", ("", "bright", "glaring"), kind="labels", reduction="argmax"),), classes=()
+    )
+
+    @property
+    def network(self) -> torch.nn.Module:
+        return torch.nn.Identity()
+
+    def predict(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        kind = (batch > 0).long() + (batch > 1000)
+        return {"f": torch.cat([(kind == k).float() for k in range(3)], 1)}
+
+    def postprocess(self, outputs: Mapping[str, NDArray[Any]], tile: Tile) -> TileResult:
+        return TileResult(fields={"f": outputs["f"]})
+
+
+def bright() -> Bright:
+    """Return the model that labels what is bright."""
+    return Bright()
+
+
+# --- tiles that end in misfortune, told by their first voxel ---------------------------------------------
+
+POISON, ONCE = 30_000.0, 29_000.0
+
+
+class _Unlucky(Chunked):
+    """Meets its `fate` at tiles that begin with `POISON`, and at those with `ONCE` from the second time on."""
+
+    fate = "kill"
+
+    def predict(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        first = float(batch[0, 0, 0, 0, 0])
+        if first == POISON or (first == ONCE and self._seen()):
+            if self.fate == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return {n: v * float("nan") for n, v in super().predict(batch).items()}
+        return super().predict(batch)
+
+    def _seen(self) -> bool:
+        mark = Path(os.environ["WSITK_TEST_MARK"])
+        seen = mark.exists()
+        mark.touch()
+        return seen
+
+
+def unlucky() -> Chunked:
+    """Return a model that is killed by the tiles it cannot bear."""
+    return _Unlucky(Net(5), spec_of(normalise=(IntensityRule("none"),)))
+
+
+def failing() -> Chunked:
+    """Return the same model, which answers without numbers instead."""
+    model = _Unlucky(Net(5), spec_of(normalise=(IntensityRule("none"),)))
+    model.fate = "fail"
+    return model

@@ -13,14 +13,18 @@ from typing import Any
 
 import numpy as np
 
+import wsitk
+from wsitk.errors import OutputError
 from wsitk.geometry import Region
 from wsitk.model import FieldSpec, ModelSpec
 from wsitk.plan import Plan
-from wsitk.stitch.labels import LabelMerger, LabelPart, Layers
+from wsitk.stitch.labels import LabelMerger, LabelPart
+from wsitk.stitch.layers import Layers
+from wsitk.writers.dicom_seg import Maker, Series, kind_for, write_dicom_seg
 from wsitk.writers.labels import LabelClass, write_ngff
 from wsitk.writers.nifti import write_nifti
 
-__all__ = ["label_classes", "label_merger", "write_labels"]
+__all__ = ["label_classes", "label_merger", "write_labels", "write_segmentation"]
 
 
 def label_merger(plan: Plan, spec: FieldSpec, load: Callable[[int], LabelPart | None]) -> LabelMerger:
@@ -73,6 +77,28 @@ def write_labels(plan: Plan, spec: ModelSpec, merger: LabelMerger, folder: Path)
     mm3 = _voxel_mm3(plan)
     found = zip(classes, merger.counts([c.value for c in classes]), strict=True)
     return {c.name: {"voxels": n} | ({"volume_mm3": round(n * mm3, 3)} if mm3 else {}) for c, n in found}
+
+
+def write_segmentation(
+    plan: Plan, spec: ModelSpec, merger: LabelMerger, folder: Path, series: Series | None
+) -> str:
+    """Write `labels.dcm`, if the input is a DICOM series; return why not, if it cannot be done.
+
+    The other files hold the same labels, so this is no reason for the input to fail.
+    """
+    if series is None:
+        return ""
+    classes = label_classes(spec.labels[0], spec)
+    maker = Maker(spec.name, spec.version, f"wsitk {wsitk.__version__}")
+    try:
+        write_dicom_seg(
+            folder / "labels.dcm", series, classes, merger.read, maker, kind=kind_for(classes), overwrite=True
+        )
+    except OutputError as error:
+        if error.code not in ("WSI530", "WSI531"):
+            raise
+        return f"no labels.dcm: {error}"
+    return ""
 
 
 def _voxel_mm3(plan: Plan) -> float:

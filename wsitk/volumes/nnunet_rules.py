@@ -23,6 +23,7 @@ __all__ = [
     "Affine",
     "IntensityRule",
     "Moments",
+    "QUANTILES",
     "Resampling",
     "foreground",
     "gaussian",
@@ -34,6 +35,9 @@ __all__ = [
     "separate_axis",
     "tile_starts",
 ]
+
+QUANTILES = (0.01, 0.5, 0.998)
+"""What the scheme ``background`` asks of a channel: its darkest pixels, its typical, and its brightest."""
 
 ANISOTROPIC = 3.0
 """Ratio of the largest to the smallest spacing above which the coarse axis is resampled by itself."""
@@ -172,7 +176,8 @@ def resampling(
 class Moments:
     """Count, mean, sum of squared deviations, and extremes of some values; parts add up (Chan et al. 1979).
 
-    Added in a fixed order, the same blocks give the same bits.
+    Added in a fixed order, the same blocks give the same bits. `quantiles` (`QUANTILES`) are those of a whole, and
+    are lost when it is added to something.
     """
 
     count: int = 0
@@ -180,6 +185,7 @@ class Moments:
     square: float = 0.0
     low: float = inf
     high: float = -inf
+    quantiles: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, values: NDArray[Any]) -> Moments:
@@ -232,7 +238,11 @@ class IntensityRule:
     ----------
     scheme
         ``zscore`` (by the volume's own moments), ``ct`` (clipped to, and scaled by, numbers of the training
-        data), ``unit`` (the volume's range to 0..1), ``byte`` (0..255 to 0..1) or ``none``.
+        data), ``unit`` (the volume's range to 0..1), ``byte`` (0..255 to 0..1), ``shown`` (``byte`` for
+        pictures of bytes, ``unit`` for all else; settled once the input is known), ``background`` or ``none``. The
+        scheme ``background`` is for fluorescence, where most pixels show none: the first percentile becomes 0, the
+        median 1, so that values count the spread of the background; where that is nothing (an image cut at
+        black), 1 is at least a 50th of the 99.8th percentile, and a 1000th of the range.
     masked
         Moments are those of the foreground, and what lies outside of it becomes (``zscore``, v1's ``ct``) 0.
     shift, scale, low, high
@@ -241,7 +251,7 @@ class IntensityRule:
         Divides by std + 1e-8 and not, as version 2, by max(std, 1e-8).
     """
 
-    scheme: Literal["zscore", "ct", "unit", "byte", "none"]
+    scheme: Literal["zscore", "ct", "unit", "byte", "shown", "background", "none"]
     masked: bool = False
     shift: float = 0.0
     scale: float = 1.0
@@ -252,13 +262,20 @@ class IntensityRule:
     @property
     def needs_moments(self) -> bool:
         """Return whether the whole volume must be read before its first value can be normalised."""
-        return self.scheme in ("zscore", "unit")
+        return self.scheme in ("zscore", "unit", "background")
+
+    @property
+    def needs_quantiles(self) -> bool:
+        """Return whether it must be read once more, for `QUANTILES`."""
+        return self.scheme == "background"
 
     def numbers(self, moments: Moments | None = None) -> Affine:
         """Return what happens to a value; `moments` are those of the volume (or its foreground).
 
-        Raises ValueError if they are needed and missing.
+        Raises ValueError if they are needed and missing, or the scheme isn't settled.
         """
+        if self.scheme == "shown":
+            raise ValueError("the scheme 'shown' becomes 'byte' or 'unit' once the input is known")
         if self.scheme == "none":
             return Affine()
         if self.scheme == "byte":
@@ -269,6 +286,12 @@ class IntensityRule:
             raise ValueError(f"the scheme {self.scheme!r} needs the moments of the volume")
         if self.scheme == "unit":
             return Affine(moments.low, max(moments.high - moments.low, 1e-8))
+        if self.scheme == "background":
+            if not moments.quantiles:
+                raise ValueError("the scheme 'background' needs the quantiles of the input as it is")
+            dark, usual, bright = moments.quantiles
+            least = max((bright - dark) / 50, (moments.high - moments.low) / 1000, 1e-8)
+            return Affine(dark, max(usual - dark, least))
         return Affine(moments.mean, self._divisor(moments.std))
 
     def _divisor(self, std: float) -> float:

@@ -1,12 +1,14 @@
 """`labels.dcm`: labels as a DICOM Segmentation of the series that they were found in, through highdicom.
 
 A segmentation belongs to a patient, a study and images, so it can be written for a DICOM input alone. highdicom
-takes the whole label map; it is the one writer here that holds one byte (or two) for each voxel in memory.
+takes the whole label map; it is the one writer here that holds one byte (or two) for each voxel in memory. The
+input's files are not opened here: `series_of` collects their headers wherever the input may be read.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsitk.errors import OutputError
+from wsitk.sources import Origin, borrowed
+from wsitk.sources.base import Source, SourceRef
+from wsitk.sources.dicom_header import read_header
 from wsitk.writers.base import atomic_file
 from wsitk.writers.labels import (
     Code,
@@ -31,13 +36,68 @@ from wsitk.writers.labels import (
 if TYPE_CHECKING:
     from wsitk.sources.dicom_series import DicomSeriesSource
 
-__all__ = ["Maker", "write_dicom_seg"]
+__all__ = ["Maker", "Series", "kind_for", "series_of", "write_dicom_seg"]
 
 _SLAB = 32
 _STRUCTURE = Code("SCT", "123037004", "Anatomical Structure")
 _PRIVATE = "99WSITK"  # a class that no code was given for; 99 marks private schemes (PS3.16, 8.2)
 _FAMILY = ("123109", "DCM", "Artificial Intelligence")
 _LONGEST_NAME = 64
+_MOST_BINARY = 32
+
+Kind = Literal["binary", "labelmap"]
+
+
+@dataclass(frozen=True)
+class Series:
+    """What a segmentation takes from its series: shape (z, y, x), headers, and of one file the z of each frame."""
+
+    name: str
+    shape: tuple[int, ...]
+    images: tuple[Any, ...]
+    places: tuple[int, ...]
+
+    @classmethod
+    def of(cls, source: DicomSeriesSource) -> Series:
+        """Read the headers of an open series; pixels are left where they are."""
+        import pydicom
+
+        files = dict.fromkeys(s.store.path for s in source.slices)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the input's own offences against DICOM
+            images = tuple(pydicom.dcmread(f, stop_before_pixels=True) for f in files)
+        places = [0] * len(source.slices)
+        for z, item in enumerate(source.slices):
+            places[item.frame] = z
+        return cls(source.name, source.shape, images, tuple(places) if len(images) == 1 else ())
+
+
+def series_of(origin: Origin) -> Series | None:
+    """Return the headers of an input that is a DICOM series, of the first where several are its channels; or None.
+
+    To be called where the input can be read; what it returns can be pickled.
+    """
+    if not isinstance(origin, Source):
+        if not _maybe_dicom(origin.path):
+            return None
+        origin = SourceRef(origin.path, {k: v for k, v in origin.options.items() if k in ("mpp", "name")})
+    from wsitk.sources.dicom_series import DicomSeriesSource
+
+    with borrowed(origin) as source:
+        return Series.of(source) if isinstance(source, DicomSeriesSource) else None
+
+
+def _maybe_dicom(path: str) -> bool:
+    """Tell whether a path is a folder, or a DICOM file; what lies in memory is neither."""
+    return os.path.isdir(path) or (os.path.isfile(path) and read_header(path) is not None)
+
+
+def kind_for(classes: Sequence[LabelClass]) -> Kind:
+    """Return ``binary``, which every viewer reads, for up to 32 classes, and ``labelmap`` for more.
+
+    A bit for each voxel and class of a whole body with 104 structures is a gigabyte.
+    """
+    return "binary" if len(classes) <= _MOST_BINARY else "labelmap"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +111,15 @@ class Maker:
 
 def write_dicom_seg(
     path: str | Path,
-    source: DicomSeriesSource,
+    series: Series,
     classes: Sequence[LabelClass],
     read: ReadLabels,
     maker: Maker,
     *,
-    kind: Literal["binary", "labelmap"] = "binary",
+    kind: Kind = "binary",
     overwrite: bool = False,
 ) -> None:
-    """Write the labels of `source` as DICOM SEG: a bit for each voxel and class, or a label map.
+    """Write the labels of `series` as DICOM SEG: a bit for each voxel and class, or a label map.
 
     Frames without a label are left out, each of the others refers to its slice. Classes with a `Code` are
     coded, others get a private one (scheme 99WSITK) with their name; segment k is the k-th class by value, and
@@ -73,26 +133,23 @@ def write_dicom_seg(
     ordered = check_classes(classes)
     try:
         import highdicom
-        import pydicom
     except ImportError as error:
         raise OutputError(
             "WSI530", "writing DICOM SEG needs highdicom: pip install 'wsitk[volumes]'"
         ) from error
-    labels = _as_segments(source.shape, read, ordered)
+    labels = _as_segments(series.shape, read, ordered)
     if not labels.any():
-        raise OutputError("WSI531", f"{source.name}: nothing is labelled; a DICOM SEG cannot be empty")
+        raise OutputError("WSI531", f"{series.name}: nothing is labelled; a DICOM SEG cannot be empty")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the input's own offences against DICOM
-            files = dict.fromkeys(s.store.path for s in source.slices)
-            images = [pydicom.dcmread(f, stop_before_pixels=True) for f in files]
-            made = _build(highdicom, source, images, ordered, labels, maker, kind)
+            made = _build(highdicom, series, ordered, labels, maker, kind)
             with atomic_file(path, overwrite=overwrite) as stream:
                 made.save_as(stream, enforce_file_format=True)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise OutputError(
             "WSI531",
-            f"{source.name}: the series' headers do not allow a DICOM SEG: {error}; write NIfTI instead",
+            f"{series.name}: the series' headers do not allow a DICOM SEG: {error}; write NIfTI instead",
         ) from error
 
 
@@ -116,21 +173,20 @@ def _as_segments(
 
 def _build(
     hd: Any,
-    source: DicomSeriesSource,
-    images: Sequence[Any],
+    series: Series,
     classes: Sequence[LabelClass],
     labels: NDArray[Any],
     maker: Maker,
     kind: str,
 ) -> Any:
     """Return the finished dataset."""
-    first = images[0]
-    if len({i.SeriesInstanceUID for i in images}) != 1:
+    first = series.images[0]
+    if len({i.SeriesInstanceUID for i in series.images}) != 1:
         raise ValueError("slices of several series")
-    pixels = labels if len(images) > 1 or len(labels) == 1 else labels[_stored_order(source)]
+    pixels = labels[list(series.places)] if series.places else labels
     root = _digest(first.SeriesInstanceUID, labels, classes, maker, kind)
     made = hd.seg.Segmentation(
-        source_images=images,
+        source_images=series.images,
         pixel_array=pixels,
         segmentation_type=kind.upper(),
         segment_descriptions=[_segment(hd, k, c, maker, root) for k, c in enumerate(classes, 1)],
@@ -149,14 +205,6 @@ def _build(
     made.SeriesDescription = f"wsitk {maker.model}"[:_LONGEST_NAME]
     _fix_time_and_names(made, first, root)
     return made
-
-
-def _stored_order(source: DicomSeriesSource) -> list[int]:
-    """Return, for each frame of a multi-frame file, its z."""
-    order = [0] * len(source.slices)
-    for z, item in enumerate(source.slices):
-        order[item.frame] = z
-    return order
 
 
 def _segment(hd: Any, number: int, item: LabelClass, maker: Maker, root: str) -> Any:
