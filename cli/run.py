@@ -46,6 +46,23 @@ def run(
         str, typer.Option(help="Work on x,y,width,height (level-0 pixels) or on a GeoJSON's regions.")
     ] = "",
     tissue: Annotated[str, typer.Option(help="auto, none, or a GeoJSON of the tissue.")] = DEFAULTS.tissue,
+    channels: Annotated[
+        str, typer.Option(help="Channels that the model sees, by name or number: DAPI,HSP70 or 2,0.")
+    ] = "",
+    samples: Annotated[
+        int, typer.Option(min=1, help="Ask the model so often; from 2 on, its uncertainty is measured.")
+    ] = DEFAULTS.samples,
+    uncertainty: Annotated[
+        Literal["dropout", "spatial", "element", "tta", "ensemble"],
+        typer.Option(help="What differs between samples: dropout, turned views, or --member."),
+    ] = DEFAULTS.uncertainty,
+    dropout: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Rate of dropout, instead of the network's own.")
+    ] = DEFAULTS.dropout,
+    seed: Annotated[int, typer.Option(help="Of the samples' dropout masks.")] = DEFAULTS.seed,
+    members: Annotated[
+        list[str], typer.Option("--member", help="A further model of an ensemble; may be repeated.")
+    ] = [],  # noqa: B006  # typer wants a list, and copies it
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = DEFAULTS.device,
     precision: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Arithmetic of the network.")
@@ -84,9 +101,33 @@ def run(
     part: Annotated[
         str, typer.Option(help="i/n: do the i-th of n parts (from 0), beside processes that do the others.")
     ] = "",
+    scheduler: Annotated[
+        str, typer.Option(help="Run on Dask workers: local, local:N or tcp://HOST:PORT.")
+    ] = DEFAULTS.scheduler,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace results of another run.")
     ] = DEFAULTS.overwrite,
+    restore: Annotated[
+        bool, typer.Option("--restore", help="Paint over artifacts first, and mark what is found there.")
+    ] = False,
+    restore_model: Annotated[
+        str, typer.Option(help="What paints: a model's name, folder or checkpoint.")
+    ] = "artifusion",
+    mask: Annotated[
+        str, typer.Option(help="Where artifacts lie: auto finds them, or a GeoJSON file.")
+    ] = DEFAULTS.mask,
+    restore_samples: Annotated[
+        int, typer.Option(min=1, help="How often each artifact is painted, to see how sure that is.")
+    ] = DEFAULTS.restore_samples,
+    restored_image: Annotated[
+        bool, typer.Option(help="Write the whole restored image, restored.ome.zarr.")
+    ] = DEFAULTS.restored_image,
+    ome_tiff: Annotated[
+        bool, typer.Option("--ome-tiff", help="Write it as restored.ome.tiff, too, for OpenSlide and QuPath.")
+    ] = DEFAULTS.ome_tiff,
+    count_restored: Annotated[
+        bool, typer.Option("--count-restored", help="Count objects in restored pixels with the others.")
+    ] = DEFAULTS.count_restored,
     models: Annotated[
         str, typer.Option(help="A TOML file that says which model takes which kind of input.")
     ] = "",
@@ -113,6 +154,15 @@ def run(
     postprocessing: Annotated[
         str, typer.Option(help="For checkpoints of CellViT: default, or upstream to reproduce CellViT 1.0.9.")
     ] = "",
+    anonymize: Annotated[
+        bool, typer.Option("--anonymize", help="Call inputs by pseudonyms, in everything that is written.")
+    ] = DEFAULTS.anonymize,
+    anonymize_key: Annotated[
+        str, typer.Option(help="A file with a secret, so that nobody can check guesses of names.")
+    ] = DEFAULTS.anonymize_key,
+    anonymize_table: Annotated[
+        str, typer.Option(help="A file outside OUT that will say which pseudonym is which input.")
+    ] = DEFAULTS.anonymize_table,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be done, and do nothing.")
     ] = False,
@@ -121,8 +171,11 @@ def run(
     """Run a model over slides. Running the same command again resumes."""
     if tissue not in ("auto", "none") and not Path(tissue).is_file():
         raise UsageError("WSI014", f"--tissue wants auto, none or a GeoJSON file, got {tissue!r}")
+    if mask != "auto" and not Path(mask).is_file():
+        raise UsageError("WSI687", f"--mask wants auto or a GeoJSON file, got {mask!r}")
     given = locals().copy()  # of this function: inside a comprehension they would be the comprehension's
-    parsed = {"roi": _region(roi), "part": _part(part)}
+    parsed: dict[str, Any] = {"roi": _region(roi), "part": _part(part), "members": tuple(members)}
+    parsed["channels"] = _channels(channels)
     settings = Settings(**{f.name: given[f.name] for f in fields(Settings)} | parsed)
     named = {
         "classifier": classifier,
@@ -139,6 +192,7 @@ def run(
         settings,
         mpp=_spacing(mpp),
         also=[_rule(text) for text in also or ()],
+        restore=restore_model if restore else "",
         dry_run=dry_run,
         as_json=as_json,
     )
@@ -194,6 +248,13 @@ def _region(text: str) -> tuple[int, int, int, int] | str | None:
     raise UsageError(
         "WSI012", f"--roi wants x,y,width,height in level-0 pixels or a GeoJSON file, got {text!r}"
     )
+
+
+def _channels(text: str) -> tuple[str | int, ...] | None:
+    """Return --channels as names and numbers."""
+    from wsitk.sources.channel_choice import parse_channels
+
+    return parse_channels(text) or None
 
 
 def _part(text: str) -> tuple[int, int] | None:

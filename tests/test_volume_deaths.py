@@ -118,12 +118,12 @@ def _dying_part(scan: str, out: str) -> None:
 
 
 def marked(path: Path, layer: int, once: int | None = None) -> tuple[TileGrid, str]:
-    """Write a volume whose tiles of a layer begin with `POISON`, and those of layer `once` with `ONCE`."""
+    """Write a volume whose tiles of a layer begin with `POISON`, and the first one of layer `once` with `ONCE`."""
     volume = smooth((45, 24, 48))
     grid = TileGrid.sliding(Region((0, 0, 0), volume.shape), (16, 16, 32), 0.5)
     for tile in grid:
-        (z, y, x), kind = tile.read.start, tile.index // (len(grid) // grid.counts[0])
-        if kind in (layer, once):
+        (z, y, x), (kind, place) = tile.read.start, divmod(tile.index, len(grid) // grid.counts[0])
+        if kind == layer or (kind == once and not place):
             volume[z, y, x] = POISON if kind == layer else ONCE
     return grid, str(save_nifti(path, volume))
 

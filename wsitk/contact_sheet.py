@@ -17,6 +17,10 @@ FILES = (
     "objects.geojson.gz",
     "objects.parquet",
     "maps.ome.zarr",
+    "restored.ome.zarr",
+    "restored.ome.tiff",
+    "restored_regions.parquet",
+    "restored_regions.geojson.gz",
     "tiles.parquet",
     "provenance.json",
 )
@@ -55,8 +59,11 @@ def write_contact_sheet(out: Path, rows: Iterable[InputRow]) -> None:
 def _card(out: Path, row: InputRow) -> str:
     base = quote(row.input)
     lines = [f'<article class="{escape(row.status)}"><h2>{escape(row.input)}</h2>']
-    if row.status != "failed" and (out / row.input / "preview.png").is_file():
-        lines.append(f'<a href="{base}/preview.png"><img src="{base}/preview.png" alt="" loading="lazy"></a>')
+    lines += [
+        f'<a href="{base}/{picture}"><img src="{base}/{picture}" alt="" loading="lazy"></a>'
+        for picture in ("preview.png", "before_after.png")
+        if row.status != "failed" and (out / row.input / picture).is_file()
+    ]
     lines.append(f"<p><b>{escape(row.status)}</b> {escape(row.code)} {escape(row.message)}</p>")
     if row.tissue_mm2 is not None:
         counts = ", ".join(f"{count:,} {escape(name)}" for name, count in row.objects.items())

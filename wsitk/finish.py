@@ -19,16 +19,19 @@ from wsitk.density import DensityMap
 from wsitk.errors import ModelError
 from wsitk.geometry import Region
 from wsitk.journal import Journal
-from wsitk.label_results import label_merger, write_labels
+from wsitk.label_results import label_merger, write_labels, write_segmentation
 from wsitk.model import FieldSpec, ModelSpec
 from wsitk.objects import ObjectTable
 from wsitk.plan import Plan
 from wsitk.polygons import rings, shapes, to_shapely
 from wsitk.record import provenance
+from wsitk.restoration.finish import write_restoration
+from wsitk.restoration.overlap import RestoredPixels, restored_pixels
 from wsitk.settings import Settings
 from wsitk.stitch.fields import FieldMerger, FieldPart
 from wsitk.stitch.labels import LabelPart
-from wsitk.stitch.objects import merge_objects
+from wsitk.stitch.objects import each_block, merge_objects
+from wsitk.writers.base import atomic_file
 from wsitk.writers.geojson import write_geojson
 from wsitk.writers.ids import id_namespace, object_ids
 from wsitk.writers.ledger import TILE_STATUSES, write_ledger
@@ -87,15 +90,29 @@ def finish(
     lost = ledger.regions(plan, "unreadable", "model_failed")
     density = DensityMap(plan.grid.extent, plan.spacing_um)
     counts: dict[str, int] = {}
+    doubtful: dict[str, int] = {}
     view: dict[str, int] = {}
     if spec.objects:
-        counts = _write_objects(plan, spec, journal, committed, folder, lost, density)
+        pixels = restored_pixels(plan)
+        counts, doubtful = _write_objects(
+            plan, spec, journal, committed, folder, lost, density, pixels, count_all=settings.count_restored
+        )
         if settings.geojson and spec.ndim == 2:
-            view = _write_geojson(plan, spec, folder, [plan.level0(r) for r in lost])
-    volumes = {}
+            unreadable = [plan.level0(r) for r in lost]
+            view = _write_geojson(plan, spec, folder, unreadable, restored_apart=not settings.count_restored)
+    volumes, unwritten = {}, ""
     if spec.labels:
         load = _loader(journal, committed, f"labels:{spec.labels[0].name}:", LabelPart.from_arrays)
-        volumes = write_labels(plan, spec, label_merger(plan, spec.labels[0], load), folder)
+        merger = label_merger(plan, spec.labels[0], load)
+        volumes = write_labels(plan, spec, merger, folder)
+        series = look("wsitk.writers.dicom_seg:series_of")
+        unwritten = write_segmentation(plan, spec, merger, folder, series)
+    restoration: dict[str, Any] = {}
+    if spec.restores:
+        restoration = write_restoration(plan, spec, journal, committed, folder, look, settings)
+    measures = {k: v for r in committed.values() for k, v in r.get("measures", {}).items()}
+    if measures:
+        _write_measurements(folder / "measurements.csv", measures)
     if settings.maps and _map_fields(spec):
         _write_maps(plan, spec, journal, committed, folder, density if spec.objects else None)
     write_ledger(
@@ -108,10 +125,18 @@ def finish(
         overwrite=True,
     )
     if settings.preview and spec.objects and spec.ndim == 2 and spec.channels == 3:
-        _draw(plan, spec, folder, look, ledger)
+        _draw(plan, spec, folder, look, ledger, count_restored=settings.count_restored)
     body = _body(plan, spec, ledger, counts) | {"geojson": view}
+    body |= restoration
+    if doubtful:
+        body["restored_objects"] = doubtful
+        number = sum(doubtful.values())
+        if number:
+            body["remark"] = f"{number:,} objects in restored pixels are not counted; --count-restored does"
     if volumes:
-        body["labels"] = volumes
+        body |= {"labels": volumes, "remark": body["remark"] or unwritten}
+    if measures:
+        body["measurements"] = measures
     record = provenance(folder, body)
     journal.complete(record)
     return record
@@ -167,17 +192,25 @@ def _write_objects(
     folder: Path,
     lost: list[Region],
     density: DensityMap,
-) -> dict[str, int]:
-    """Stream the merged objects into `objects.parquet`; return the number of each class."""
-    counts = np.zeros(len(spec.classes), np.int64)
+    pixels: RestoredPixels | None,
+    *,
+    count_all: bool,
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Stream the merged objects into `objects.parquet`; return the number of each class.
+
+    Those in restored `pixels` are not among them unless `count_all`; their numbers come second.
+    """
+    counts, doubtful = (np.zeros(len(spec.classes), np.int64) for _ in range(2))
     columns = (*SHAPE_COLUMNS, *spec.object_columns)
     identity = json.dumps(plan.identity, sort_keys=True)
     namespace = id_namespace(identity, spec.name, f"{spec.version} {spec.weights_sha256}")
     load = _loader(journal, committed, "objects:", ObjectTable.from_arrays)
     with ObjectWriter(folder / "objects.parquet", spec.classes, columns, overwrite=True) as writer:
-        for table in merge_objects(plan.grid, load):
+        merged = each_block if spec.exclusive else merge_objects
+        for table in merged(plan.grid, load):
             outlines = rings(table)
             shape = shapes(table, (plan.spacing_um[0], plan.spacing_um[1]), outlines)
+            restored = pixels.holds(table) if pixels else np.zeros(len(table), bool)
             scale_xy = (plan.scale[1], plan.scale[0])
             anchor_xy = table.anchor[:, ::-1] * scale_xy
             rows = ObjectRows(
@@ -189,13 +222,23 @@ def _write_objects(
                 perimeter_um=shape["perimeter_um"],
                 geometry=to_shapely(outlines, scale_xy),
                 touches_unreadable=_touches(table, lost),
-                restored=np.zeros(len(table), bool),
-                columns={n: shape[n] for n in SHAPE_COLUMNS} | dict(table.columns),
+                restored=restored,
+                columns={n: shape[n] for n in SHAPE_COLUMNS} | _in_um2(table.columns, plan.spacing_um),
             )
             writer.write(rows)
-            density.add(table.anchor)
-            counts += np.bincount(table.class_id, minlength=len(counts))
-    return {c.name: int(n) for c, n in zip(spec.classes, counts, strict=True)}
+            apart = restored & (not count_all)
+            density.add(table.anchor[~apart])
+            counts += np.bincount(table.class_id[~apart], minlength=len(counts))
+            doubtful += np.bincount(table.class_id[apart], minlength=len(counts))
+    names = [c.name for c in spec.classes]
+    told = dict(zip(names, counts.tolist(), strict=True))
+    return told, dict(zip(names, doubtful.tolist(), strict=True)) if pixels and not count_all else {}
+
+
+def _in_um2(columns: Mapping[str, NDArray[Any]], spacing_um: tuple[float, ...]) -> dict[str, NDArray[Any]]:
+    """Return a model's columns, areas in micrometres instead of pixels; see `ModelSpec.object_columns`."""
+    pixel = float(np.prod(spacing_um))
+    return {n: v * pixel if n.endswith("_um2") else v for n, v in columns.items()}
 
 
 def _touches(table: ObjectTable, regions: list[Region]) -> NDArray[np.bool_]:
@@ -207,7 +250,9 @@ def _touches(table: ObjectTable, regions: list[Region]) -> NDArray[np.bool_]:
     return hit
 
 
-def _write_geojson(plan: Plan, spec: ModelSpec, folder: Path, unreadable: list[Region]) -> dict[str, int]:
+def _write_geojson(
+    plan: Plan, spec: ModelSpec, folder: Path, unreadable: list[Region], *, restored_apart: bool
+) -> dict[str, int]:
     """Write the QuPath view; return how many objects it holds, had to mend, and could not show."""
     counts = write_geojson(
         folder / "objects.parquet",
@@ -215,9 +260,17 @@ def _write_geojson(plan: Plan, spec: ModelSpec, folder: Path, unreadable: list[R
         classes=spec.classes,
         bounds_xy=(float(plan.bounds.start[1]), float(plan.bounds.start[0])),
         unreadable=unreadable,
+        restored_apart=restored_apart,
         overwrite=True,
     )
     return asdict(counts)
+
+
+def _write_measurements(path: Path, measures: Mapping[str, float | None]) -> None:
+    """Write numbers of the whole input, a line for each; an empty cell is what could not be measured."""
+    lines = ["measurement,value", *(f"{k},{'' if v is None else repr(v)}" for k, v in measures.items())]
+    with atomic_file(path, overwrite=True) as file:
+        file.write(("\n".join(lines) + "\n").encode())
 
 
 # --- maps --------------------------------------------------------------------------------------------
@@ -308,7 +361,9 @@ def _channels(spec: FieldSpec, model: ModelSpec) -> list[MapChannel]:
 # --- picture -----------------------------------------------------------------------------------------
 
 
-def _draw(plan: Plan, spec: ModelSpec, folder: Path, look: Look, ledger: Ledger) -> None:
+def _draw(
+    plan: Plan, spec: ModelSpec, folder: Path, look: Look, ledger: Ledger, *, count_restored: bool
+) -> None:
     pixels, scale = look("wsitk.tissue:thumbnail_of")
     draw_preview(
         folder / "preview.png",
@@ -321,6 +376,7 @@ def _draw(plan: Plan, spec: ModelSpec, folder: Path, look: Look, ledger: Ledger)
         _lines(plan, spec, ledger),
         lambda region: look("wsitk.tissue:patch_of", region),
         spacing_um=plan.spacing.mean if plan.spacing else None,
+        count_restored=count_restored,
         overwrite=True,
     )
 

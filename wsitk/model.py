@@ -7,7 +7,7 @@ by the models themselves.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, final
 
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsitk.errors import ModelError
+from wsitk.geometry import Region
 from wsitk.grid import Tile
 from wsitk.objects import ObjectTable
 from wsitk.volumes.nnunet_rules import IntensityRule
@@ -26,8 +27,11 @@ __all__ = [
     "ChunkedModel",
     "FieldSpec",
     "Licences",
+    "Model",
     "ModelSpec",
     "ObjectClass",
+    "Patch",
+    "RegionModel",
     "Scores",
     "TileModel",
     "TileResult",
@@ -119,9 +123,18 @@ class ModelSpec:
         lays tiles on a lattice with `halo` between them. With a step the halo is zero.
     channels, dtype
         Number (3 = RGB) and type of the channels it reads; an empty `dtype` takes any.
+    channel_names
+        What these channels are called, if that matters: of a file that names all of them, the model gets these, in
+        this order, unless the user says otherwise. Empty takes them as they are stored.
     interpolation
-        How the input comes to `spacing`: ``area`` means (slides), or ``cubic`` splines through voxel centres,
-        slice by slice where voxels are much longer along one axis (nnU-Net's rule; tiles are float32 then).
+        How the input comes to `spacing`: ``area`` means (slides); ``cubic`` splines through voxel centres,
+        slice by slice where voxels are much longer along one axis (nnU-Net's rule); ``linear`` between voxel
+        centres; or ``pick``, one pixel for each (torch's nearest). With the last three tiles are float32.
+    whole
+        The whole input is brought to the shape of `tile`, whatever its own: one tile, and no halo.
+    orientation
+        Where the axes x, y and z of a volume must point, in NIfTI's letters ("RAS": right, front, head); tiles are
+        turned for the network and its fields turned back. Empty takes any. For models of fields only.
     crop
         Whether what is zero around the input is left out before all else.
     normalise, normalise_first
@@ -133,9 +146,16 @@ class ModelSpec:
     fields, objects, classes
         Dense outputs, whether it finds objects, and the object classes.
     object_columns
-        Names of further measurements for each object.
+        Names of further measurements for each object. Where a name ends in ``_um2``, `postprocess` gives pixels of
+        the working grid, whose size it doesn't know exactly, and the engine writes micrometres.
+    exclusive
+        Each object comes from one tile only, wherever its centroid lies: nothing is compared at seams. For
+        models that are told what to outline, and let the tile answer that owns the place.
     seam_um
         How near to a seam (micrometres) objects of neighbouring tiles are compared.
+    restores
+        Whether it paints what lies under a mask: a `RegionModel`. `tile` is then the largest region that it takes,
+        `halo` how much of what surrounds an artifact it wants to see.
     compute_batch
         Number of tiles the network sees at once; part of the run key, since it changes last bits.
     weights_sha256
@@ -149,12 +169,15 @@ class ModelSpec:
     halo: tuple[int, ...]
     align: tuple[int, ...]
     channels: int = 3
+    channel_names: tuple[str, ...] = ()
     dtype: str = "uint8"
     spacing_tolerance: float = 0.05
     border: Literal["reflect", "constant", "clip"] = "reflect"
     fill: float = 255
     step: float = 0.0
-    interpolation: Literal["area", "cubic"] = "area"
+    interpolation: Literal["area", "cubic", "linear", "pick"] = "area"
+    whole: bool = False
+    orientation: str = ""
     crop: bool = False
     normalise: tuple[IntensityRule, ...] = ()
     normalise_first: bool = False
@@ -162,7 +185,9 @@ class ModelSpec:
     objects: bool = False
     classes: tuple[ObjectClass, ...] = ()
     object_columns: tuple[str, ...] = ()
+    exclusive: bool = False
     seam_um: float = 8.0
+    restores: bool = False
     compute_batch: int = 1
     weights_sha256: str = ""
     licences: Licences = field(default_factory=lambda: Licences("Apache-2.0", "none", "none", True))
@@ -174,6 +199,12 @@ class ModelSpec:
             raise ValueError(f"a step lies in 0 .. 1 and has no halo; got step {self.step}, halo {self.halo}")
         if self.normalise and len(self.normalise) not in (1, self.channels):
             raise ValueError(f"{len(self.normalise)} rules of intensity for {self.channels} channels")
+        if self.channel_names and len(self.channel_names) != self.channels:
+            raise ValueError(f"{len(self.channel_names)} names for {self.channels} channels")
+        if self.whole and (any(self.halo) or self.step or self.spacing is not None):
+            raise ValueError(f"{self.name} sees the whole input: no halo, no step, no spacing")
+        if self.orientation and (self.objects or self.interpolation == "area"):
+            raise ValueError(f"{self.name} wants an orientation: fields only, and an interpolation of volumes")
         if self.viewed and self.spacing is not None and self.interpolation == "area":
             raise ModelError(
                 "WSI339",
@@ -196,7 +227,7 @@ class ModelSpec:
     @property
     def viewed(self) -> bool:
         """Tell whether the whole input must be looked at before its first tile can be read."""
-        return self.crop or bool(self.normalise) or self.interpolation == "cubic"
+        return self.crop or self.whole or bool(self.normalise) or self.interpolation != "area"
 
     @property
     def labels(self) -> tuple[FieldSpec, ...]:
@@ -206,7 +237,7 @@ class ModelSpec:
     @property
     def tile_dtype(self) -> str:
         """Return the type of the tiles that the network gets; empty if that is the input's own."""
-        return "float32" if self.viewed and (self.normalise or self.interpolation == "cubic") else self.dtype
+        return "float32" if self.normalise or self.interpolation != "area" else self.dtype
 
 
 class Scores(Protocol):
@@ -217,15 +248,47 @@ class Scores(Protocol):
 
 
 @dataclass(frozen=True)
+class Patch:
+    """What a `RegionModel` painted of one piece of the mask.
+
+    Attributes
+    ----------
+    number
+        Of the piece, among those of the input.
+    start
+        Where the arrays begin, in working pixels.
+    pixels : uint8 (h, w, C)
+        The painted region with a little of what surrounds it.
+    own : bool (h, w)
+        What the piece answers for.
+    spread : uint8 (h, w)
+        Standard deviation over samples, its mean over the channels, in grey levels; empty (0, 0) of one sample.
+    change, deviation
+        Means over `own`, in grey levels: of the difference from what was there, and of the standard deviation.
+    """
+
+    number: int
+    start: tuple[int, ...]
+    pixels: NDArray[np.uint8]
+    own: NDArray[np.bool_]
+    spread: NDArray[np.uint8]
+    change: float
+    deviation: float
+
+
+@dataclass(frozen=True)
 class TileResult:
     """What one tile gave: objects on the working grid, and fields of the read window (C, *tile).
 
-    `scores` are fields of labels that are computed when they are asked for.
+    `scores` are fields of labels that are computed when they are asked for; `measures` are numbers of the whole
+    input, from a model that sees it in one tile (NaN: can't be measured).
     """
 
     objects: ObjectTable | None = None
     fields: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     scores: Mapping[str, Scores] = field(default_factory=dict)
+    measures: Mapping[str, float] = field(default_factory=dict)
+    patches: tuple[Patch, ...] = ()
 
 
 class TileModel(ABC):
@@ -245,6 +308,18 @@ class TileModel(ABC):
     @abstractmethod
     def predict(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the outputs (N, C, *tile) for pixels (N, C, *tile) as the source gave them (no scaling)."""
+
+    def predict_at(self, batch: torch.Tensor, starts: Sequence[tuple[int, ...]]) -> dict[str, torch.Tensor]:
+        """Return `predict`'s outputs for tiles whose first pixels lie at `starts` on the working grid.
+
+        The engine calls this one. It is for models whose chance is a function of where a pixel is: what
+        overlapping tiles draw for the same place must be the same. Blank tiles that fill a group up lie at 0.
+        """
+        return self.predict(batch)
+
+    def wants(self, tile: Tile) -> bool:
+        """Tell whether there is anything to find in a tile; one that is not wanted is neither read nor run."""
+        return True
 
     @abstractmethod
     def postprocess(self, outputs: Mapping[str, NDArray[Any]], tile: Tile) -> TileResult:
@@ -281,3 +356,38 @@ class ChunkedModel(TileModel):
     def postprocess(self, outputs: Mapping[str, NDArray[Any]], tile: Tile) -> TileResult:
         """Raise: fields are made by `head`."""
         raise NotImplementedError("a chunked model's fields are computed by its head")
+
+
+class RegionModel(ABC):
+    """A model that paints what lies under a mask, and must see more than a tile at a time for that.
+
+    The engine gives it every artifact whole, with `spec.halo` pixels of what surrounds it; `spec.restores` is set.
+    """
+
+    spec: ModelSpec
+
+    @property
+    @abstractmethod
+    def network(self) -> torch.nn.Module:
+        """Return the module; each of its evaluations counts as a sign of life."""
+
+    @abstractmethod
+    def process_region(
+        self,
+        image: NDArray[np.uint8],
+        mask: NDArray[np.bool_],
+        region: Region,
+        *,
+        seed: int = 0,
+        sample: int = 0,
+    ) -> NDArray[np.float32]:
+        """Return float32 (H, W, C) in 0..255: `image` (H, W, C), with what `mask` (H, W) marks painted.
+
+        `region` is where the image lies on the working grid. Chance must be a function of (seed, sample, place on
+        the grid, step), so that a pixel comes out the same whoever asks for it. What the image holds under the mask
+        must not matter; the engine takes nothing but the masked pixels from what is returned.
+        """
+
+
+Model = TileModel | RegionModel
+"""What the engine runs."""

@@ -22,18 +22,20 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
+from wsitk.anonymous import Veil
 from wsitk.blocks import BlockError, BlockReport, BlockTask
 from wsitk.blockstore import DamagedBlockError
 from wsitk.contact_sheet import write_contact_sheet
 from wsitk.durable import locked_folder, write_durably
-from wsitk.errors import OutputError, WsitkError
+from wsitk.errors import OutputError, UsageError, WsitkError
 from wsitk.finish import finish
 from wsitk.jobs import Job
 from wsitk.journal import Journal
-from wsitk.model import ModelSpec, TileModel
+from wsitk.model import Model, ModelSpec
 from wsitk.outcome import done_row, exit_code, failed_row, known_error, partial_row
 from wsitk.plan import Plan, resolve_spec
 from wsitk.planner import Input, Planner
+from wsitk.plate_table import write_plates
 from wsitk.reading.client import ReaderProcess
 from wsitk.record import InputRow, earlier_rows, read_json, write_run, write_summary
 from wsitk.registry import load_model
@@ -61,7 +63,7 @@ class Event:
 
 
 def run(
-    model: TileModel | str | Path,
+    model: Model | str | Path,
     source: Source | str | Path | NDArray[np.generic],
     *,
     out: str | Path,
@@ -75,7 +77,9 @@ def run(
     are the fields of `wsitk.settings.Settings`. Running again continues where a killed run stopped. Raises
     the WsitkError that stopped the input.
     """
-    opened = open_source(source, mpp=spacing)
+    hidden = bool(settings.get("anonymize")) and isinstance(source, str | Path)
+    named = Veil(Settings(**settings), Path(out)).name(Path(str(source)).name) if hidden else None
+    opened = open_source(source, mpp=spacing, name=named)
     with contextlib.nullcontext(opened) if opened is source else opened:
         reference = _reference(model, opened)
         runner = Runner(reference, Path(out), Settings(**settings))
@@ -85,9 +89,9 @@ def run(
     return Result(Path(out) / opened.name)
 
 
-def _reference(model: TileModel | str | Path, source: Source) -> TileModel | ModelRef:
+def _reference(model: Model | str | Path, source: Source) -> Model | ModelRef:
     """Return how to run a model over a source: by name where both can go to other processes."""
-    if isinstance(model, TileModel):
+    if isinstance(model, Model):
         return model
     return ModelRef(str(model)) if source.ref is not None else load_model(model)
 
@@ -109,6 +113,7 @@ def write_report(
                 every[name] = row
         write_summary(out / "summary.csv", every.values())
         write_contact_sheet(out, list(every.values()))
+        write_plates(out, every.values())
         write_run(
             out / "run.json",
             started=started or _now(),
@@ -133,7 +138,7 @@ class Runner:
 
     def __init__(
         self,
-        model: TileModel | ModelRef,
+        model: Model | ModelRef,
         out: Path,
         settings: Settings,
         *,
@@ -142,6 +147,7 @@ class Runner:
     ) -> None:
         self._out = out
         self._emit = on_event
+        self._veil = Veil(settings, out)
         cores = available_cpus()
         self._settings = replace(
             settings, workers=settings.workers or cores, threads=settings.threads or cores
@@ -161,7 +167,7 @@ class Runner:
             self._settings,
             self._work.device,
             self._reader,
-            mpp,
+            self._veil.mpp(mpp),
             here=isinstance(self._work, WorkHere),
         )
         self._jobs: dict[str, Job] = {}
@@ -169,7 +175,9 @@ class Runner:
         self.rows: dict[str, InputRow] = {}
         self.errors: list[Exception] = []
 
-    def _put_to_work(self, model: TileModel | ModelRef) -> Work:
+    def _put_to_work(self, model: Model | ModelRef) -> Work:
+        if self._settings.scheduler:
+            return self._on_a_cluster(model)
         if isinstance(model, ModelRef) and self._settings.supervise:
             limit = self._settings.max_ram
             order = Order(model, self._settings, self._out.absolute())
@@ -178,8 +186,20 @@ class Runner:
                 memory_limit=int(limit * 2**30 if limit else available_memory() * MEMORY_SHARE),
                 on_death=self._mourn,
             )
-        loaded = load_model(model.name, **model.options) if isinstance(model, ModelRef) else model
-        return WorkHere(loaded, self._settings, self._out, lambda task: self._planner.tiles(task))
+        options = model.options if isinstance(model, ModelRef) else {}
+        loaded = load_model(model.name, **options) if isinstance(model, ModelRef) else model
+        return WorkHere(
+            loaded, self._settings, self._out, lambda task: self._planner.tiles(task), options=options
+        )
+
+    def _on_a_cluster(self, model: Model | ModelRef) -> Work:
+        if not isinstance(model, ModelRef):
+            text = "a model object can't be sent to other machines; name the model, or say module:function"
+            raise UsageError("WSI026", f"scheduler {self._settings.scheduler}: {text}")
+        from wsitk.work.cluster import WorkCluster  # brings distributed along
+
+        order = Order(model, self._settings, self._out.absolute())
+        return WorkCluster(order, self._settings.scheduler, on_death=self._mourn)
 
     def close(self) -> None:
         """End the processes that read and compute."""
@@ -198,7 +218,9 @@ class Runner:
         """Work on all inputs; return a row for each. Raises OutputError if nothing can be written."""
         started, began = _now(), time.perf_counter()
         try:
+            inputs = self._veil.inputs(inputs)
             self._make_folder()
+            self._veil.begin(earlier_rows(self._out / "run.json"))
             try:
                 # the finisher is left first: it writes under the locks
                 with contextlib.ExitStack() as locks, ThreadPoolExecutor(1, "wsitk-finish") as finisher:
@@ -206,10 +228,16 @@ class Runner:
                     for future in self._finishing:
                         future.result()
             except BaseException:
-                with contextlib.suppress(OSError):  # what is done is told, if there is room to
+                with contextlib.suppress(OSError, OutputError):  # what is done is told, if there is room to
                     self._report(started, time.perf_counter() - began)
                 raise
             self._report(started, time.perf_counter() - began)
+        except OSError as error:
+            if isinstance(error, WsitkError):
+                raise
+            self._raise_if_disk(error)
+            text = f"{self._out}: {error.strerror or error}; what is done is kept: mend it and run the same command"
+            raise OutputError("WSI502", text) from error
         finally:
             self.close()
         return list(self.rows.values())
@@ -220,8 +248,8 @@ class Runner:
 
     def plans(self, inputs: Sequence[Input]) -> Iterator[Plan]:
         """Yield the plan of every input that can be run; the others end in `rows`. Writes nothing."""
-        for item in inputs:
-            plan = self._guarded(item.name, partial(self._planner.plan, item))
+        for item in self._veil.inputs(inputs):
+            plan = self._guarded(item.name, partial(self._plan, item))
             if plan is not None:
                 yield plan
 
@@ -240,6 +268,9 @@ class Runner:
             raise OutputError(
                 "WSI502", f"cannot write to {self._out}: {error.strerror}; choose another --out"
             ) from error
+
+    def _plan(self, item: Input) -> Plan:
+        return self._veil.plan(self._planner.plan(item))
 
     def _guarded(self, name: str, action: Callable[[], Plan]) -> Plan | None:
         """Return the plan, or note the row of an input that cannot be run."""
@@ -282,9 +313,9 @@ class Runner:
         """Yield the blocks still to do, input by input; the next input is planned meanwhile."""
         with ThreadPoolExecutor(1, "wsitk-plan") as planner:
             names = iter(inputs)
-            ahead = [planner.submit(self._planner.plan, item) for item in itertools.islice(names, 1)]
+            ahead = [planner.submit(self._plan, item) for item in itertools.islice(names, 1)]
             for item in inputs:
-                ahead += [planner.submit(self._planner.plan, n) for n in itertools.islice(names, 1)]
+                ahead += [planner.submit(self._plan, n) for n in itertools.islice(names, 1)]
                 plan = self._guarded(item.name, ahead.pop(0).result)
                 job = self._start(plan, locks) if plan is not None else None
                 if job is None:
@@ -353,6 +384,7 @@ class Runner:
         self._fail(failure.input, failure)
 
     def _mourn(self, words: str) -> None:
+        words = self._veil.text(words)
         self._deaths.append(words)
         self._emit(Event("death", "", {"message": words}))
 
@@ -385,8 +417,9 @@ class Runner:
             return partial_row(job.plan, done, every)
         with job.journal.finishing() as needed:
             if needed:
-                job.journal.check_unchanged(job.access.look("wsitk.plan:stamp_of"))
-                finish(job.plan, self._spec, job.journal, job.folder, job.access.look, self._settings)
+                look = self._veil.look(job.access.look)
+                job.journal.check_unchanged(look("wsitk.plan:stamp_of"))
+                finish(job.plan, self._spec, job.journal, job.folder, look, self._settings)
         job.seconds["finish"] = time.perf_counter() - began
         job.seconds["total"] = time.perf_counter() - job.began
         return self._done_row(job.plan, job.folder, job.seconds)
@@ -396,7 +429,7 @@ class Runner:
         return done_row(plan, record, seconds, self._settings.max_unreadable, self._work.peak_mib())
 
     def _fail(self, name: str, error: Exception) -> None:
-        known = known_error(name, error)
+        known = self._veil.error(name, known_error(name, error))
         self.errors.append(known)
         self._end(failed_row(name, known))
 

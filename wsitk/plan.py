@@ -20,14 +20,16 @@ from wsitk.geometry import Region, Spacing
 from wsitk.grid import TileGrid
 from wsitk.model import ModelSpec
 from wsitk.reading.server import TileImage
+from wsitk.repair import Repair, plan_repair
 from wsitk.settings import Settings
 from wsitk.sources import Origin, borrowed, open_source
+from wsitk.sources.array import default_channels
 from wsitk.sources.base import Source, SourceRef
 from wsitk.sources.spacing import require_spacing
 from wsitk.sources.view import View, ViewRules
 from wsitk.sources.volume_grid import VolumeGrid, view_of
 from wsitk.sources.working import WorkingImage
-from wsitk.stitch.labels import Canvas
+from wsitk.stitch.layers import Canvas
 from wsitk.tissue import TissueMask, everywhere, find_tissue, from_geojson, thumbnail
 
 __all__ = ["Plan", "make_plan", "plan_input", "resolve_spec", "stamp_of", "tile_image", "working_image"]
@@ -41,7 +43,8 @@ class Plan:
     number of level-0 pixels per working pixel. `active` holds, for each tile of the grid, whether it is
     worth reading; `stamp` size and times of the input's files, None for what is no file. `view` is how the model
     sees the input, where the whole of it had to be looked at for that; `canvas` where labels are painted, if
-    there are any; `shape` the input's at level 0, `frame` where a volume lies in the patient, if that is known.
+    there are any; `shape` the input's at level 0, `frame` where a volume lies in the patient, if that is known;
+    `repair` what a model that paints has to paint.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Plan:
     canvas: Canvas | None = None
     shape: tuple[int, ...] = ()
     frame: Frame | None = None
+    repair: Repair | None = None
 
     @property
     def offset(self) -> tuple[float, ...]:
@@ -103,6 +107,7 @@ class Plan:
                     self.image,
                     self.view,
                     self.canvas,
+                    repair=self.repair.at(tiles[0]) if self.repair else None,
                 )
 
 
@@ -181,18 +186,21 @@ def make_plan(name: str, ref: SourceRef, source: Source, spec: ModelSpec, settin
     """
     if spec.spacing is not None:
         require_spacing(source)
+    if spec.whole and settings.roi is not None:
+        raise UsageError("WSI011", f"{spec.name} sees the whole image, and no --roi of it; leave that out")
     _check_shape(source, spec)
     view = view_of(source, _view_rules(spec)) if spec.viewed else None
     image = working_image(source, spec, view)
     extent = _extent(image, source.bounds, settings)
-    if not spec.step and any(n < h for n, h in zip(extent.shape, spec.halo, strict=True)):
+    whole = spec.step or spec.restores or spec.border == "clip"  # nothing is mirrored at the border then
+    if not whole and any(n < h for n, h in zip(extent.shape, spec.halo, strict=True)):
         raise SourceError(
             "WSI114",
             f"{name}: {_times(extent.shape)} pixels at {_times(image.spacing or ())} µm is less than the margin "
             f"of {_times(spec.halo)} that {spec.name} needs; nothing to find in it",
         )
     grid = _grid(extent, spec, settings)
-    tissue = _tissue(source, settings)
+    tissue = _tissue(source, spec, settings)
     plan = Plan(
         name=name,
         ref=ref,
@@ -213,14 +221,40 @@ def make_plan(name: str, ref: SourceRef, source: Source, spec: ModelSpec, settin
         shape=source.shape,
         frame=source.frame,
     )
-    active = np.fromiter((tissue.touches(plan.level0(t.owned)) for t in grid), bool, len(grid))
+    if spec.restores:
+        plan = _with_repair(plan, source, settings)
+    else:
+        active = np.fromiter((tissue.touches(plan.level0(t.owned)) for t in grid), bool, len(grid))
+        plan = replace(plan, active=active)
     band = max(1, round(spec.seam_um / min(plan.spacing_um)))
-    return replace(plan, active=active, band=band, key=_key(plan, spec, settings))
+    return replace(plan, band=band, key=_key(plan, spec, settings))
+
+
+def _with_repair(plan: Plan, source: Source, settings: Settings) -> Plan:
+    """Return the plan of a model that paints: only tiles with a piece of the mask are worked on."""
+    from wsitk.artifacts import artifacts_from_geojson, find_artifacts
+
+    if isinstance(settings.roi, str):
+        raise UsageError(
+            "WSI683", "--roi with a GeoJSON is not for restoring; give x,y,width,height, or draw the --mask itself"
+        )
+    mask = find_artifacts(source) if settings.mask == "auto" else artifacts_from_geojson(settings.mask, source)
+    repair = plan_repair(plan.name, mask, source.shape, plan.scale, plan.image, plan.grid)
+    active = np.zeros(len(plan.grid), bool)
+    active[[piece.tile for piece in repair.pieces]] = True
+    return replace(plan, repair=repair, active=active, warnings=(*plan.warnings, *mask.warnings))
 
 
 def _view_rules(spec: ModelSpec) -> ViewRules:
-    spacing = spec.spacing if spec.interpolation == "cubic" else None
-    return ViewRules(spacing, spec.crop, spec.normalise, spec.normalise_first)
+    return ViewRules(
+        spec.spacing if spec.interpolation != "area" else None,
+        spec.crop,
+        spec.normalise,
+        spec.normalise_first,
+        "cubic" if spec.interpolation == "area" else spec.interpolation,
+        spec.tile if spec.whole else (),
+        spec.orientation,
+    )
 
 
 def _grid(extent: Region, spec: ModelSpec, settings: Settings) -> TileGrid:
@@ -230,6 +264,8 @@ def _grid(extent: Region, spec: ModelSpec, settings: Settings) -> TileGrid:
         grid = TileGrid.sliding(extent, spec.tile, spec.step, block=block)
     else:
         grid = TileGrid.fit(extent, spec.tile, spec.halo, align=spec.align, block=block)
+    if spec.restores:
+        return replace(grid, block=(1,) * spec.ndim)
     return replace(grid, block=(1, *grid.counts[1:])) if spec.labels else grid
 
 
@@ -250,10 +286,12 @@ def _check_shape(source: Source, spec: ModelSpec) -> None:
     channels = len(source.channel_names) if "c" in source.axes else 1
     dtype = source.dtype.name
     if channels != spec.channels or spec.dtype not in ("", dtype):
+        names = ", ".join(source.channel_names)
+        choose = f"choose some of {names} with --channels" if channels > spec.channels else "convert it"
         raise SourceError(
             "WSI130",
             f"{source.name} has {channels} channels of {dtype}, {spec.name} reads {spec.channels} of "
-            f"{spec.dtype or 'any type'}; convert it, or use a model for such images",
+            f"{spec.dtype or 'any type'}; {choose}, or use a model for such images",
         )
 
 
@@ -274,10 +312,12 @@ def _extent(image: WorkingImage | VolumeGrid, bounds: Region, settings: Settings
     return Region.between(start, stop).intersect(Region((0,) * len(image.shape), image.shape))
 
 
-def _tissue(source: Source, settings: Settings) -> TissueMask:
+def _tissue(source: Source, spec: ModelSpec, settings: Settings) -> TissueMask:
     """Return the mask that decides which tiles to run."""
-    brightfield = source.ndim == 2 and len(source.channel_names) == 3
-    if not brightfield:
+    brightfield = source.ndim == 2 and source.channel_names == default_channels(3)  # not any three channels
+    if source.ndim == 2 and not brightfield and not spec.whole:
+        return _drawn(source, settings)
+    if not brightfield or spec.whole:
         return everywhere((1,) * source.ndim, tuple(float(n) for n in source.shape))
     pixels, scale = thumbnail(source)
     shape = pixels.shape[:2]
@@ -294,6 +334,18 @@ def _tissue(source: Source, settings: Settings) -> TissueMask:
     return mask
 
 
+def _drawn(source: Source, settings: Settings) -> TissueMask:
+    """Return the regions drawn on an image that has no glass to tell tissue from; all of it without any."""
+    drawn = [p for p in (settings.tissue, settings.roi) if isinstance(p, str) and p not in ("auto", "none")]
+    if not drawn:
+        return everywhere((1,) * source.ndim, tuple(float(n) for n in source.shape))
+    step = float(max(1, max(source.shape) // 2000))
+    shape = tuple(-(-n // int(step)) for n in source.shape)
+    corner_xy = (float(source.bounds.start[1]), float(source.bounds.start[0]))
+    masks = [from_geojson(path, shape, (step, step), corner_xy) for path in drawn]
+    return masks[0].both(masks[-1])
+
+
 def _key(plan: Plan, spec: ModelSpec, settings: Settings) -> dict[str, Any]:
     """Return everything that may change a byte of this input's results."""
     return {
@@ -304,6 +356,17 @@ def _key(plan: Plan, spec: ModelSpec, settings: Settings) -> dict[str, Any]:
         "grid": [list(spec.tile), list(spec.halo), list(spec.align), spec.compute_batch, *_sliding(spec)],
         "settings": {k: _content(v) for k, v in settings.result_key().items()},
         **({"view": plan.view.as_json()} if plan.view else {}),
+        **({"restoration": _restoration_key(plan.repair, settings)} if plan.repair else {}),
+        **({"count_restored": True} if settings.count_restored else {}),
+    }
+
+
+def _restoration_key(repair: Repair, settings: Settings) -> dict[str, Any]:
+    return {
+        "mask": repair.key(),
+        "samples": settings.restore_samples,
+        "seed": settings.seed,
+        "files": [settings.restored_image, settings.ome_tiff],
     }
 
 

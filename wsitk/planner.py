@@ -101,7 +101,8 @@ class Planner:
 def _check_name(name: str) -> None:
     """Refuse a name that would write outside of its own folder below the output (UsageError WSI015)."""
     parts = PurePosixPath(name).parts
-    if not parts or parts[0] == "/" or ".." in parts or name in ("run.json", "summary.csv", "index.html"):
+    taken = name in ("run.json", "summary.csv", "index.html") or ".wsitk" in parts
+    if not parts or parts[0] == "/" or ".." in parts or "\0" in name or taken:
         raise UsageError(
             "WSI015", f"an input cannot be called {name!r}: its results would have no folder of their own"
         )

@@ -37,17 +37,18 @@ class Predictor:
         model.network.to(device).eval()
 
     def __call__(
-        self, tiles: Sequence[NDArray[Any]], *, precision: str = ""
+        self, tiles: Sequence[NDArray[Any]], starts: Sequence[tuple[int, ...]] = (), *, precision: str = ""
     ) -> tuple[list[Mapping[str, torch.Tensor]], str]:
         """Return each tile's outputs, still on the device; or none, and why not (no memory for the group).
 
-        `precision` is for this group instead of the predictor's own.
+        `starts` is where the tiles begin on the working grid, 0 where it is left out. `precision` is for this
+        group instead of the predictor's own.
         """
         import torch
 
         try:
             with torch.inference_mode(), autocast(self._device, precision or self.precision):
-                outputs = self._model.predict(self._batch(tiles))
+                outputs = self._model.predict_at(self._batch(tiles), self._filled(starts))
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
             return (
@@ -66,6 +67,11 @@ class Predictor:
     ) -> ChunkedScores:
         """Return a field of one tile, to be computed from its features; `precision` is as above."""
         return ChunkedScores(model, features, field, self._device, precision or self.precision)
+
+    def _filled(self, starts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Return a start for each tile of a full group."""
+        spec = self._model.spec
+        return [*starts, *[(0,) * spec.ndim] * (spec.compute_batch - len(starts))]
 
     def _batch(self, tiles: Sequence[NDArray[Any]]) -> torch.Tensor:
         """Return (compute_batch, C, *tile) on the device."""

@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from wsitk.anonymous import veiled_record
 from wsitk.discard import RESULTS, result_files
 from wsitk.durable import write_durably
 from wsitk.writers.base import sha256_file
@@ -99,9 +100,10 @@ def write_run(
     deaths: Sequence[str] = (),
 ) -> None:
     """Write `run.json`: the command, the machine, the times, what died, and how each input ended."""
+    command, settings = veiled_record(sys.argv, settings)
     record = {
         "notice": NOTICE,
-        "command": sys.argv,
+        "command": command,
         "started": started,
         "seconds": round(seconds, 2),
         "machine": {

@@ -1,7 +1,8 @@
 """From a model's name, folder or checkpoint file to a model. The engine's only upward look-up, and lazy.
 
 Built-ins come from the table in `wsitk.models`; others announce themselves through the entry-point group
-``wsitk.models``, whose names map to a builder taking keyword options and returning a `TileModel`.
+``wsitk.models``, whose names map to a builder taking keyword options and returning a `TileModel` or a
+`RegionModel`.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from wsitk.errors import ModelError, UsageError, WsitkError
-from wsitk.model import TileModel
+from wsitk.model import Model
 
 __all__ = ["load_model", "model_names"]
 
-Builder = Callable[..., TileModel]
+Builder = Callable[..., Model]
 
 
 def _table() -> dict[str, str]:
@@ -46,7 +47,7 @@ def _resolve(target: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def load_model(name: str | Path, **options: Any) -> TileModel:
+def load_model(name: str | Path, **options: Any) -> Model:
     """Return the model called `name`, read from the checkpoint or folder `name`, or built by ``module:function``.
 
     Raises UsageError (WSI030) for an unknown name, ModelError for a file that is no model.
@@ -74,7 +75,7 @@ def _builder(target: str) -> Builder:
     return build
 
 
-def _build(build: Builder, name: str, options: dict[str, Any]) -> TileModel:
+def _build(build: Builder, name: str, options: dict[str, Any]) -> Model:
     """Call a builder; an option that it doesn't take is the user's mistake (UsageError WSI031)."""
     taken = inspect.signature(build).parameters
     odd = [n for n in options if n not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values())]
@@ -91,7 +92,7 @@ def _build(build: Builder, name: str, options: dict[str, Any]) -> TileModel:
         ) from error
 
 
-def _from_path(path: Path, options: dict[str, Any]) -> TileModel:
+def _from_path(path: Path, options: dict[str, Any]) -> Model:
     """Read a checkpoint file or a model's folder by whatever knows it by its content."""
     table = importlib.import_module("wsitk.models")
     choose = _resolve(table.FOLDER_READER if path.is_dir() else table.CHECKPOINT_READER)

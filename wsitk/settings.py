@@ -29,6 +29,9 @@ class Settings:
     tissue: str = "auto"
     """``auto`` finds tissue and skips glass, ``none`` runs every tile, else a GeoJSON file of regions."""
 
+    channels: tuple[str | int, ...] | None = None
+    """Channels that the model sees, by name or position, in this order; the input's identity says which."""
+
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Arithmetic of the network; lower precision is faster and differs in about the second digit."""
 
@@ -37,6 +40,21 @@ class Settings:
 
     block: int = 3
     """Tiles along each axis of a block, the unit of work that is committed and resumed."""
+
+    samples: int = 1
+    """How often the model is asked; from 2 on, its uncertainty is measured. Said in the version of the model."""
+
+    uncertainty: Literal["dropout", "spatial", "element", "tta", "ensemble"] = "dropout"
+    """What differs between samples: dropout as trained, of whole maps, of elements; turned views; `members`."""
+
+    dropout: float | None = None
+    """Rate of dropout when sampling; None takes what each layer was trained with."""
+
+    seed: int = 0
+    """Of the samples' dropout masks."""
+
+    members: tuple[str, ...] = ()
+    """Further models of an ensemble, by name or path."""
 
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``; its kind enters the run key."""
@@ -65,6 +83,9 @@ class Settings:
     part: tuple[int, int] | None = None
     """(i, n): do every n-th block from the i-th on, beside n - 1 other processes; None does all."""
 
+    scheduler: str = ""
+    """Dask workers that do the blocks: ``local``, ``local:N`` or the address of a scheduler; empty: this machine."""
+
     overwrite: bool = False
     """Replace results of another model or other settings (only files that wsitk wrote)."""
 
@@ -76,6 +97,30 @@ class Settings:
 
     preview: bool = True
     """Write `preview.png`."""
+
+    mask: str = "auto"
+    """For models that paint: ``auto`` finds artifacts, else a GeoJSON file in which they are drawn."""
+
+    restore_samples: int = 1
+    """How often each artifact is painted: the first is kept, and how much the others differ is told."""
+
+    restored_image: bool = True
+    """Write `restored.ome.zarr`, the whole image with what was painted in it."""
+
+    ome_tiff: bool = False
+    """Write `restored.ome.tiff`, too, which OpenSlide and QuPath open."""
+
+    count_restored: bool = False
+    """Count objects in restored pixels with the others."""
+
+    anonymize: bool = False
+    """Call inputs by pseudonyms, in everything that is written."""
+
+    anonymize_key: str = ""
+    """A file with a secret: without it, a pseudonym can be checked by whoever guesses the name."""
+
+    anonymize_table: str = ""
+    """A file, outside of the output, that will say which pseudonym is which input; empty writes none."""
 
     def result_key(self) -> dict[str, Any]:
         """Return the settings that may change a byte of the results."""

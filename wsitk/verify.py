@@ -298,7 +298,7 @@ class _Look:
         for table, counts in (("objects.parquet", "objects"), ("tiles.parquet", "tiles")):
             if table in record["outputs"] and isinstance(record.get(counts), dict):
                 rows = pq.ParquetFile(self._folder / table).metadata.num_rows
-                wanted = sum(record[counts].values())
+                wanted = sum(record[counts].values()) + sum(record.get(f"restored_{counts}", {}).values())
                 if rows != wanted:
                     text = f"has {rows:,} rows, provenance.json says {wanted:,}; report this"
                     self._say("WSI527", table, text)

@@ -30,7 +30,7 @@ from wsitk.sources.base import Reading
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BlockWorker"]
+__all__ = ["BlockWorker", "blame"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ class BlockWorker:
         """Put a tile into its block; tell whether the block is complete now."""
         home = request.home
         home.seconds["postprocess"] += done.seconds
-        with _blame(home.task, str(request)):
+        with blame(home.task, str(request)):
             home.add(request.tile, done.status, done.result)
         return home.complete
 
@@ -130,16 +130,19 @@ class BlockWorker:
 
     def _requests(self, tasks: Iterable[BlockTask]) -> Iterator[_Request]:
         for task in tasks:
-            with _blame(task, task.input, SourceError):  # the file may have gone since it was planned
+            with blame(task, task.input, SourceError):  # the file may have gone since it was planned
                 home = self._open(task)
             self._busy[task.input] += 1
-            for index in (*home.again, *task.tiles):
+            for index in (*home.again, *task.tried):
                 yield _Request(home, task.grid[index])
 
     def _open(self, task: BlockTask) -> OpenBlock:
         self._image(task)
-        scratch = self._store(task.input).folder / ".wsitk" if self._model.spec.labels else None
-        self._last = OpenBlock(task, self._model.spec, before=self._last, scratch=scratch)
+        store = self._store(task.input)
+        scratch = store.folder / ".wsitk" if self._model.spec.labels else None
+        self._last = OpenBlock(
+            task, self._model.spec, before=self._last, scratch=scratch, records=store.record
+        )
         return self._last
 
     def _image(self, task: BlockTask) -> TileImage:
@@ -152,14 +155,16 @@ class BlockWorker:
     def _read(self, request: _Request) -> _Read:
         began = time.perf_counter()
         tile = request.tile
+        if not self._model.wants(tile):
+            return _Read(None, TileStatus(tile.index, "background", "the model wants nothing of it"), 0.0)
         try:
-            with _blame(request.home.task, str(request)):
+            with blame(request.home.task, str(request)):
                 reading = self._images[request.home.task.input].read(tile.read)
         except SourceError as error:
             status = TileStatus(tile.index, "unreadable", str(error))
             return _Read(None, status, time.perf_counter() - began)
         status = TileStatus(tile.index, *_presence(reading, tile))
-        pixels = reading.pixels if status.status == "ok" else None
+        pixels = _turned(reading.pixels, request, 0) if status.status == "ok" else None
         return _Read(pixels, status, time.perf_counter() - began)
 
     # --- computing -----------------------------------------------------------------------------------
@@ -210,12 +215,14 @@ class BlockWorker:
 
     def _predict(self, group: list[tuple[_Request, _Read]]) -> list[_Predicted]:
         began = time.perf_counter()
-        present = [read.pixels for _, read in group if read.pixels is not None]
+        present = [(read.pixels, _start(r, read.pixels)) for r, read in group if read.pixels is not None]
         outputs: list[Mapping[str, torch.Tensor]] = []
         problem = ""
         if present:
-            with _blame(group[0][0].home.task, str(group[0][0])):
-                outputs, problem = self._predictor(present)
+            with blame(group[0][0].home.task, str(group[0][0])):
+                outputs, problem = self._predictor(
+                    [pixels for pixels, _ in present], [at for _, at in present]
+                )
         each = iter(outputs)
         result: list[_Predicted] = []
         for request, read in group:
@@ -241,12 +248,12 @@ class BlockWorker:
             return _Done(status, None, 0.0)
         if isinstance(self._model, ChunkedModel):
             return self._in_chunks(self._model, request, status, outputs, precision)
-        arrays = {n: v.float().cpu().numpy() for n, v in outputs.items()}
+        arrays = {n: _turned(_plain(v), request, 1) for n, v in outputs.items()}
         bad = sum(int(np.size(v) - np.isfinite(v).sum()) for v in arrays.values())
         if bad:
             reason = f"WSI310 {bad} non-finite values in the network's output, in float32 too"
             return _Done(TileStatus(status.tile, "model_failed", reason), None, 0.0, bad)
-        with _blame(request.home.task, str(request)):
+        with blame(request.home.task, str(request)):
             result = self._model.postprocess(arrays, request.tile)
             result = request.home.put_forward(result, request.tile)
         return _Done(status, result, time.perf_counter() - began)
@@ -261,7 +268,7 @@ class BlockWorker:
     ) -> _Done:
         """Return a tile whose fields are computed when the stitcher asks for them."""
         began = time.perf_counter()
-        with _blame(request.home.task, str(request)):
+        with blame(request.home.task, str(request)):
             fields = {
                 f.name: self._predictor.scores(model, features, f, precision=precision)
                 for f in model.spec.fields
@@ -279,15 +286,16 @@ class BlockWorker:
         read = self._read(request)
         if read.pixels is None:
             return _Done(read.status, None, 0.0)
-        with _blame(request.home.task, str(request)):
-            outputs, problem = self._predictor([read.pixels], precision="float32")
+        with blame(request.home.task, str(request)):
+            start = _start(request, read.pixels)
+            outputs, problem = self._predictor([read.pixels], [start], precision="float32")
         if problem:
             return _Done(TileStatus(request.tile.index, "model_failed", problem), None, 0.0)
         return self._postprocess(request, read.status, outputs[0], "float32")
 
     def _commit(self, home: OpenBlock) -> BlockReport:
         task = home.task
-        with _blame(task, str(home)):
+        with blame(task, str(home)):
             arrays, record = home.contents()
             self._store(task.input).commit(task.block, arrays, record)
         self._busy[task.input] -= 1
@@ -295,7 +303,7 @@ class BlockWorker:
 
 
 @contextmanager
-def _blame(task: BlockTask, place: str, *more: type[Exception]) -> Iterator[None]:
+def blame(task: BlockTask, place: str, *more: type[Exception]) -> Iterator[None]:
     """Turn an unforeseen error into a `BlockError` that names the input, so that the others go on.
 
     A SourceError passes, since an unreadable tile is data; unless it is among `more`.
@@ -319,6 +327,33 @@ def _errno(error: BaseException | None) -> int | None:
             return int(number)
         error = error.__cause__
     return None
+
+
+def _start(request: _Request, pixels: NDArray[Any]) -> tuple[int, ...]:
+    """Return where a tile's pixels begin on the working grid: at the image's border, if it cuts them.
+
+    Along an axis that was turned for the network, the grid counts from the other end.
+    """
+    read, view = request.tile.read, request.home.task.view
+    box = read if pixels.shape[:-1] == read.shape else read.intersect(request.home.task.image)
+    turned = () if view is None else view.turned
+    return tuple(-b if k in turned else a for k, (a, b) in enumerate(zip(box.start, box.stop, strict=True)))
+
+
+def _plain(value: torch.Tensor) -> NDArray[Any]:
+    """Return numbers as float32, and whole ones as they are."""
+    return np.asarray((value.float() if value.is_floating_point() else value).cpu().numpy())
+
+
+def _turned(values: NDArray[Any], request: _Request, first: int) -> NDArray[Any]:
+    """Return a tile's values as the network wants them to lie, or the network's as the input does.
+
+    `first` is where the spatial axes begin; what has no spatial axes stays as it is.
+    """
+    view = request.home.task.view
+    if view is None or not view.turned or values.ndim - first < len(view.shape):
+        return values
+    return np.ascontiguousarray(np.flip(values, tuple(axis + first for axis in view.turned)))
 
 
 def _presence(reading: Reading, tile: Tile) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, Protocol, final
 
+from wsitk.anonymous import discreet
 from wsitk.errors import SourceError, WorkError, WsitkError
 from wsitk.geometry import Region
 from wsitk.process import limit_address_space
@@ -47,7 +48,8 @@ class _Images:
         with self._lock:
             if recipe not in self._open:
                 target, arguments = pickle.loads(recipe)  # written by the parent process
-                self._open[recipe] = _resolve(target)(*arguments)
+                with discreet(arguments):
+                    self._open[recipe] = _resolve(target)(*arguments)
             self._open.move_to_end(recipe)
             while len(self._open) > OPEN_INPUTS:
                 self._open.popitem(last=False)[1].close()
@@ -93,11 +95,17 @@ def _open(images: _Images, recipe: bytes) -> None:
 
 
 def _read(images: _Images, places: Slots, recipe: bytes, region: Region, slot: int) -> Any:
-    return places.put(slot, images.get(recipe).read(region))
+    image = images.get(recipe)
+    try:
+        return places.put(slot, image.read(region))
+    except Exception:
+        with discreet(pickle.loads(recipe)[1]):
+            raise
 
 
 def _call(target: str, arguments: tuple[Any, ...]) -> Any:
-    return _resolve(target)(*arguments)
+    with discreet(arguments):
+        return _resolve(target)(*arguments)
 
 
 def _resolve(target: str) -> Any:

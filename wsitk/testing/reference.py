@@ -51,7 +51,7 @@ def _apply(model: TileModel, pixels: Array, tile: Tile) -> TileResult:
     import torch
 
     batch = torch.from_numpy(np.moveaxis(read_tile(pixels, tile.read, model.spec), -1, 0)[None].copy())
-    outputs = {name: value[0].numpy() for name, value in model.predict(batch).items()}
+    outputs = {name: value[0].numpy() for name, value in model.predict_at(batch, [tile.read.start]).items()}
     return model.postprocess(outputs, tile)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, final
 
-from wsitk.blocks import BlockReport, BlockTask, OpenBlock, TileStatus
+from wsitk.blocks import BlockReport, BlockTask, OpenBlock
 from wsitk.blockstore import BlockStore
 from wsitk.errors import ModelError
 from wsitk.model import ModelSpec
@@ -146,13 +147,23 @@ class WorkApart(Work):
             self._on_death(facts[0])
 
     def _set_aside(self, task: BlockTask, deaths: int, last: Death) -> BlockReport:
-        """Commit a block of nothing but failed tiles."""
+        """Commit a block of nothing but failed tiles.
+
+        What earlier layers of a volume say of its rows is computed once more; if that fails, too, these rows are
+        lost, and the record says so of the tiles that own them.
+        """
         reason = f"WSI401 the model's process died {deaths} times on this block ({last.reason}); set aside"
-        block = OpenBlock(task, self.spec)
-        for index in task.tiles:
-            block.add(task.grid[index], TileStatus(index, "model_failed", reason), None)
+        task = replace(task, aside=reason)
+        store = BlockStore(self._order.out / task.input)
+        block = OpenBlock(task, self.spec, records=store.record)
+        if block.again:
+            try:
+                (report,) = self._batch(iter([task]))
+                return report
+            except ChildError as died:
+                self._bury(died.death)
         arrays, record = block.contents()
-        BlockStore(self._order.out / task.input).commit(task.block, arrays, record)
+        store.commit(task.block, arrays, record)
         return block.report(0)
 
     # --- the rest ------------------------------------------------------------------------------------

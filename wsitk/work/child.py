@@ -9,15 +9,15 @@ from typing import final
 from wsitk.blocks import BlockError, BlockTask
 from wsitk.blockstore import BlockStore
 from wsitk.errors import ModelError, WsitkError
-from wsitk.model import TileModel
+from wsitk.model import Model
 from wsitk.plan import resolve_spec
 from wsitk.predictor import Predictor
 from wsitk.process import Death
 from wsitk.reading.client import ReaderProcess
 from wsitk.record import peak_memory_mib
+from wsitk.region_worker import RegionPredictor
 from wsitk.registry import load_model
-from wsitk.work.base import Order, cost_of_a_tile, ready, slot_bytes
-from wsitk.worker import BlockWorker
+from wsitk.work.base import Order, as_asked, cost_of_a_tile, ready, slot_bytes, worker_for
 
 __all__ = ["serve"]
 
@@ -26,7 +26,7 @@ def serve(connection: Connection) -> None:
     """Load the model of the `Order` that comes first, answer ``ready`` or ``refused``, then do as told."""
     order: Order = connection.recv()
     try:
-        model = _load(order)
+        model = as_asked(_load(order), order.settings, order.model.options)
         predictor, device = ready(model, order.settings)
         spec = resolve_spec(model.spec, order.settings)
     except WsitkError as error:
@@ -47,7 +47,7 @@ def serve(connection: Connection) -> None:
         _Desk(connection, order, model, predictor, reader).work()
 
 
-def _load(order: Order) -> TileModel:
+def _load(order: Order) -> Model:
     try:
         return load_model(order.model.name, **order.model.options)
     except WsitkError:
@@ -65,19 +65,18 @@ class _Desk:
         self,
         connection: Connection,
         order: Order,
-        model: TileModel,
-        predictor: Predictor,
+        model: Model,
+        predictor: Predictor | RegionPredictor,
         reader: ReaderProcess,
     ) -> None:
         self._connection = connection
         self._model = model
         self._predictor = predictor
         self._ended = False
-        self._worker = BlockWorker(
+        self._worker = worker_for(
             model,
             predictor,
-            workers=order.settings.workers or 1,
-            groups=order.settings.batch,
+            order.settings,
             open_image=lambda task: reader.image(
                 "wsitk.plan:tile_image", task.source, resolve_spec(model.spec, order.settings), task.view
             ),

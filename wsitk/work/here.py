@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from wsitk.blocks import BlockReport, BlockTask
 from wsitk.blockstore import BlockStore
-from wsitk.model import TileModel
+from wsitk.model import Model
 from wsitk.reading.server import TileImage
 from wsitk.record import peak_memory_mib
 from wsitk.settings import Settings
-from wsitk.work.base import Work, cost_of_a_tile, ready
-from wsitk.worker import BlockWorker
+from wsitk.work.base import Work, as_asked, cost_of_a_tile, ready, worker_for
 
 __all__ = ["WorkHere"]
 
 
 @final
 class WorkHere(Work):
-    """Runs a model object. A crash of the model is a crash of the caller."""
+    """Runs a model object. A crash of the model is a crash of the caller.
+
+    `options` are what it was loaded with, for further models of an ensemble.
+    """
 
     def __init__(
-        self, model: TileModel, settings: Settings, out: Path, open_image: Callable[[BlockTask], TileImage]
+        self,
+        model: Model,
+        settings: Settings,
+        out: Path,
+        open_image: Callable[[BlockTask], TileImage],
+        *,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
+        model = as_asked(model, settings, options)
         self._model = model
         self._settings = settings
         self._out = out
@@ -34,11 +43,10 @@ class WorkHere(Work):
 
     def run(self, tasks: Iterator[BlockTask]) -> Iterator[BlockReport]:
         """Yield a report for each task; see `Work`."""
-        worker = BlockWorker(
+        worker = worker_for(
             self._model,
             self._predictor,
-            workers=self._settings.workers or 1,
-            groups=self._settings.batch,
+            self._settings,
             open_image=self._open_image,
             store=lambda name: BlockStore(self._out / name),
         )

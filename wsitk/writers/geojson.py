@@ -59,6 +59,7 @@ def write_geojson(
     classes: Sequence[ObjectClass] | None = None,
     bounds_xy: tuple[float, float] = (0.0, 0.0),
     unreadable: Sequence[Region] = (),
+    restored_apart: bool = False,
     overwrite: bool = False,
 ) -> GeoJsonCounts:
     """Write the table `objects` as a gzipped FeatureCollection that QuPath imports, and count.
@@ -73,13 +74,18 @@ def write_geojson(
         OpenSlide's ``bounds-x`` and ``bounds-y``: QuPath shows slides cropped to them.
     unreadable
         Level-0 boxes (y, x) that nobody could read; they become locked ``Unreadable*`` annotations.
+    restored_apart
+        Whether objects in restored pixels get a class derived from theirs, ``Tumor: Restored``: QuPath counts and
+        hides it apart.
 
     Raises OutputError: WSI510 to WSI512, WSI515, and WSI516 for a class name that QuPath cannot hold.
     """
     written = repaired = dropped = 0
     with ObjectsFile(objects) as table, atomic_file(out, overwrite=overwrite) as stream:
-        labels = [_classification(c) for c in classes or table.classes]
-        encoder = _Encoder(labels, ("probability", "area_um2", "perimeter_um", *table.columns))
+        kinds = classes or table.classes
+        labels = [_classification(c) for c in kinds]
+        apart = [_classification(_restored(c)) for c in kinds] if restored_apart else labels
+        encoder = _Encoder(labels, apart, ("probability", "area_um2", "perimeter_um", *table.columns))
         with GzipStream(stream) as target:
             target.write(b'{"type":"FeatureCollection","features":[\n')
             notes = list(_annotations(unreadable, bounds_xy))
@@ -175,8 +181,8 @@ def _repair(geometry: shapely.Geometry | None, shift_xy: tuple[float, float]) ->
 class _Encoder:
     """Turns row groups into features: bytes are formatted column by column, joined row by row."""
 
-    def __init__(self, labels: Sequence[bytes], columns: Sequence[str]) -> None:
-        self._labels = labels
+    def __init__(self, labels: Sequence[bytes], restored: Sequence[bytes], columns: Sequence[str]) -> None:
+        self._labels = labels, restored
         self._columns = {name: orjson.dumps(measurement_name(name)) + b":" for name in columns}
 
     def encode(self, rows: pa.Table, geometry: Array) -> list[bytes]:
@@ -187,11 +193,13 @@ class _Encoder:
         flags = self._flags(rows)
         return [
             b'{"type":"Feature","id":"%b","geometry":%b,"properties":{"objectType":"detection",'
-            b'"classification":%b,"measurements":{%b}%b}}' % (name, outline, self._labels[kind], values, flag)
-            for name, outline, kind, values, flag in zip(
+            b'"classification":%b,"measurements":{%b}%b}}'
+            % (name, outline, self._labels[doubtful][kind], values, flag)
+            for name, outline, kind, doubtful, values, flag in zip(
                 _ids(rows["id"]),
                 _outlines(geometry),
                 kinds.tolist(),
+                rows["restored"].to_pylist(),
                 self._measurements(rows),
                 flags,
                 strict=True,
@@ -264,6 +272,12 @@ def _classification(kind: ObjectClass) -> bytes:
             f"class name {kind.name!r}: QuPath holds no empty name and no line break; rename the class",
         )
     return orjson.dumps({"name": kind.name, "color": list(kind.color)})
+
+
+def _restored(kind: ObjectClass) -> ObjectClass:
+    """Return the class of objects of a kind in restored pixels: derived from it, and paler."""
+    red, green, blue = (round(255 - 0.5 * (255 - c)) for c in kind.color)
+    return ObjectClass(f"{kind.name}: Restored", (red, green, blue))
 
 
 def _annotations(regions: Sequence[Region], bounds_xy: tuple[float, float]) -> Iterator[bytes]:

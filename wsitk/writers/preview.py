@@ -82,6 +82,7 @@ def draw_preview(
     read_patch: Callable[[Region], Array],
     *,
     spacing_um: float | None = None,
+    count_restored: bool = True,
     overwrite: bool = False,
 ) -> None:
     """Draw `out` (PNG); the same results give the same bytes.
@@ -106,6 +107,8 @@ def draw_preview(
         if it is small and the thumbnail coarse.
     spacing_um
         Micrometres per level-0 pixel; without it there are no scale bars.
+    count_restored
+        Whether objects in restored pixels count with the others.
     """
     extent = (thumbnail.shape[0] * scale_xy[1], thumbnail.shape[1] * scale_xy[0])
     layout = _Layout.fit(thumbnail.shape)
@@ -116,7 +119,11 @@ def draw_preview(
     shape = _window_shape(spacing_um, extent)
     picture = outline_tissue(picture, mask)
     picture, faults = tile_layer(picture, tiles if tiles is not None else (), scale)
-    census = take_census(objects, len(colors), picture.shape[:2], scale, shape) if objects else None
+    census = None
+    if objects:
+        census = take_census(
+            objects, len(colors), picture.shape[:2], scale, shape, restored=count_restored
+        )
     if census is not None:
         picture = blend(picture, *density_layer(census.density, colors, mask))
     windows = _choose(census, shape, extent) if census else []

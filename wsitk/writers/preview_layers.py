@@ -50,10 +50,13 @@ def take_census(
     shape: tuple[int, ...],
     scale_xy: tuple[float, float],
     window: tuple[int, int],
+    *,
+    restored: bool = True,
 ) -> Census:
     """Count objects by class, by picture pixel, and by window of the shape `window`, in one pass.
 
-    `shape` is the picture's (H, W), `scale_xy` level-0 pixels per picture pixel.
+    `shape` is the picture's (H, W), `scale_xy` level-0 pixels per picture pixel. Without `restored` those in
+    restored pixels are left out.
     """
     height, width = shape
     reach = (height * scale_xy[1], width * scale_xy[0])
@@ -62,8 +65,10 @@ def take_census(
     density = np.zeros((classes, height, width), np.float32)
     cells = np.zeros((classes, *windows), np.int64)
     with ObjectsFile(objects) as table:
-        for group in table.groups(["class_id", "centroid_x", "centroid_y"]):
-            kind, x, y = (group[name].to_numpy() for name in group.column_names)
+        for group in table.groups(["class_id", "centroid_x", "centroid_y", "restored"]):
+            kind, x, y, doubtful = (group[name].to_numpy() for name in group.column_names)
+            if not restored:
+                kind, x, y = kind[~doubtful], x[~doubtful], y[~doubtful]
             counts += np.bincount(kind, minlength=classes)
             for grid, step in ((density, scale_xy[::-1]), (cells, window)):
                 rows, columns = (
