@@ -12,6 +12,8 @@ Measured on 2 busy cores, 64 tiles of 1024 pixels each, peak of one process and 
     10^9 pixels     320 MiB    833 MiB
     10^10           337        940
     10^11           365        954     (of the growth, 30 MB are offsets and lengths of 382,000 TIFF tiles)
+
+`--objects`, all 1,369 tiles: 1,048,576 of 1,048,576 objects, each once; 481 MiB, 1,005 MiB.
 """
 
 from __future__ import annotations

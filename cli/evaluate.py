@@ -13,10 +13,14 @@ import typer
 from wsitk.evaluation.settings import Length, Options, Protocol, Task, Unit
 
 if TYPE_CHECKING:
+    from wsitk.evaluation.figures import Figure
     from wsitk.evaluation.matrix import Matrix
     from wsitk.evaluation.run import Evaluation
+    from wsitk.evaluation.uncertainty import Uncertainty
 
 __all__ = ["evaluate"]
+
+DEFAULTS = Options()
 
 
 def evaluate(
@@ -57,6 +61,15 @@ def evaluate(
     allow_extra: Annotated[
         bool, typer.Option("--allow-extra", help="Leave predictions without truth aside.")
     ] = False,
+    uncertainty: Annotated[
+        bool,
+        typer.Option(
+            "--uncertainty", help="Of an output folder: is what it says of its certainty worth anything?"
+        ),
+    ] = False,
+    interval_level: Annotated[
+        float, typer.Option(min=0.01, max=0.99, help="Share of true areas that area intervals mean to hold.")
+    ] = DEFAULTS.interval_level,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for evaluation.json, images.csv and cases.png.")
     ] = None,
@@ -89,6 +102,8 @@ def evaluate(
         resamples=resamples,
         seed=seed,
         allow_extra=allow_extra,
+        uncertainty=uncertainty,
+        interval_level=interval_level,
     )
     if matrix:
         _matrix(predicted, truth, options, out, overwrite, as_json)
@@ -172,10 +187,45 @@ def _show(evaluation: Evaluation, out: Path | None) -> None:
     console.print(table, highlight=False, markup=False)
     for name, counts in _counts(evaluation):
         say(f"{name}: {', '.join(f'{key} {value:,}' for key, value in counts.items())}")
+    if evaluation.uncertainty is not None:
+        _show_uncertainty(evaluation.uncertainty, console)
     for warned in evaluation.warnings:
         say(f"\n{warned.code}: {warned.found}\n  {warned.advice}")
     if out is not None:
         say(f"\nLook at {out / 'cases.png'}; numbers in {out / 'evaluation.json'} and {out / 'images.csv'}")
+
+
+def _show_uncertainty(uncertainty: Uncertainty, console: Any) -> None:
+    """Print what each score of certainty is worth."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    columns = {
+        "auroc": "AUROC",
+        "auprc": "AUPRC",
+        "aurc": "AURC",
+        "eaurc": "E-AURC",
+        "ece": "ECE",
+        "brier": "Brier",
+    }
+    for name in ("score", "wrong is", "items", "errors", *columns.values()):
+        table.add_column(name, justify="left" if name in ("score", "wrong is") else "right", no_wrap=True)
+    for doubt in uncertainty.doubts:
+        values = {f.key.split(":")[0]: _number(f.value) for f in doubt.figures}
+        values |= {"auroc": _with_interval(doubt.figures[0])}
+        cells = [values.get(key, "") for key in columns]
+        table.add_row(doubt.score, doubt.error, f"{doubt.items:,}", f"{doubt.errors:,}", *cells)
+    console.print("\nwhat the doubt is worth", highlight=False)
+    console.print(table, highlight=False, markup=False)
+    for figure in uncertainty.intervals:
+        _say(console)(f"{figure.label}: {_with_interval(figure)}, over {figure.over}")
+    for note in uncertainty.notes:
+        _say(console)(f"({note})")
+
+
+def _with_interval(figure: Figure) -> str:
+    interval = f" ({_number(figure.low)} - {_number(figure.high)})" if not isnan(figure.low) else ""
+    return _number(figure.value) + interval
 
 
 def _about_intervals(evaluation: Evaluation) -> str:

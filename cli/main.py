@@ -9,7 +9,20 @@ from typing import Annotated
 import typer
 
 from wsitk import __version__
-from wsitk.cli import demo, doctor, evaluate, info, models, qupath, run, split, train, verify
+from wsitk.cli import (
+    artifacts,
+    demo,
+    doctor,
+    evaluate,
+    info,
+    models,
+    qupath,
+    review,
+    run,
+    split,
+    train,
+    verify,
+)
 from wsitk.errors import WsitkError
 
 __all__ = ["app", "main"]
@@ -41,6 +54,8 @@ def root(
 
 app.command("run")(run.run)
 app.command("evaluate")(evaluate.evaluate)
+app.command("review")(review.review)
+app.command("artifacts")(artifacts.artifacts)
 app.command("demo")(demo.demo)
 app.command("info")(info.info)
 app.command("doctor")(doctor.doctor)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from wsitk.errors import ModelError
-from wsitk.model import TileModel
+from wsitk.model import Model
 from wsitk.torchfile import TensorFile, read_tensors
 
 __all__ = ["checkpoint_reader", "folder_reader"]
 
-Reader = Callable[..., TileModel]
+Reader = Callable[..., Model]
 
 CHECKPOINTS = (
     ("wsitk.models.cellvit.checkpoint", "wsitk.models.cellvit.model"),
@@ -22,11 +22,14 @@ CHECKPOINTS = (
     ("wsitk.models.tyche.model", "wsitk.models.tyche.model"),
     ("wsitk.models.cxas.model", "wsitk.models.cxas.model"),
     ("wsitk.models.mirror_unet.model", "wsitk.models.mirror_unet.model"),
+    ("wsitk.models.artifusion.model", "wsitk.models.artifusion.model"),
     ("wsitk.models.sam.model", "wsitk.models.sam.model"),
 )
 """Modules whose `is_ours` knows a file of weights, and those whose `from_checkpoint` makes the model of it."""
 
 ARCHITECTURES = {
+    "artifusion": "wsitk.models.artifusion.model:from_folder",
+    "liverstage-unet": "wsitk.models.liverstage.model:from_folder",
     "stunet-narrow": "wsitk.models.hippocampus.model:from_folder",
 }
 """What ``network.arch`` of a card says, where CellViT is not meant."""
