@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from wsitk.discard import RESULTS
 from wsitk.durable import open_own, read_own
 from wsitk.errors import OutputError
 
@@ -35,11 +36,19 @@ def results_intact(folder: Path, name: str) -> bool:
         if read_own(folder / ".wsitk" / "seal.json") != seal_of(name, data):
             return False
         outputs: dict[str, str] = json.loads(data)["outputs"]
-        return all(_sha256(folder / path) == wanted for path, wanted in outputs.items())
+        return all(_is_result(name) and _sha256(folder / name) == sha for name, sha in outputs.items())
     except (OSError, OutputError, ValueError, KeyError, TypeError, AttributeError):
         return False  # gone, a link, or nothing that we wrote
 
 
+def _is_result(name: str) -> bool:
+    """Tell whether a record may list this: who forged it must not have us read what lies elsewhere."""
+    parts = PurePosixPath(name).parts
+    return parts[:1] in {(n,) for n in RESULTS} and ".." not in parts
+
+
 def _sha256(path: Path) -> str:
+    if not path.is_file():  # opening a pipe would wait for ever
+        return ""
     with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -32,7 +32,10 @@ LARGEST = 1 << 28
 _INSTANCES = ("inst", "inst_map", "instances", "instance_map", "labels", "label", "mask", "arr_0")
 _KINDS = ("type", "types", "inst_type", "class_id", "classes")
 _KIND_MAPS = ("type_map", "class_map", "sem", "semantic")
-_DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+_DAMAGE = (
+    OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError,
+    MemoryError,  # of a header that claims terabytes
+)  # fmt: skip
 
 
 @final

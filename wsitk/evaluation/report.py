@@ -42,7 +42,17 @@ def as_dict(evaluation: Evaluation) -> dict[str, Any]:
         "figures": [_figure(f) for f in evaluation.figures],
         "counts": totals(evaluation),
         "warnings": [asdict(w) for w in evaluation.warnings],
+        **_doubt(evaluation),
     }
+
+
+def _doubt(evaluation: Evaluation) -> dict[str, Any]:
+    """Return what was found out about the predictions' own certainty, where that was asked."""
+    if evaluation.uncertainty is None:
+        return {}
+    from wsitk.evaluation.uncertainty_report import uncertainty_dict
+
+    return {"uncertainty": uncertainty_dict(evaluation.uncertainty)}
 
 
 def _figure(figure: Figure) -> dict[str, Any]:
@@ -92,7 +102,7 @@ def image_row(image: ImageScores, evaluation: Evaluation) -> dict[str, Any]:
 def write_report(
     folder: Path, evaluation: Evaluation, *, overwrite: bool = False, picture: bool = True
 ) -> None:
-    """Write a folder with `evaluation.json`, `images.csv` and `cases.png`.
+    """Write a folder with `evaluation.json`, `images.csv` and `cases.png`, and the files of uncertainty.
 
     Raises OutputError: WSI510 if it exists and `overwrite` is False, WSI511, WSI512.
     """
@@ -102,6 +112,10 @@ def write_report(
         text = json.dumps(as_dict(evaluation), indent=1, ensure_ascii=False, allow_nan=False)
         (partial / "evaluation.json").write_text(text + "\n", encoding="utf-8")
         (partial / "images.csv").write_text(_table(evaluation), encoding="utf-8")
+        if evaluation.uncertainty is not None:
+            from wsitk.evaluation.uncertainty_report import write_uncertainty
+
+            write_uncertainty(partial, evaluation.uncertainty)
         if picture:
             draw_cases(partial / "cases.png", evaluation)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import final
+from typing import TYPE_CHECKING, final
 
 from wsitk.errors import UsageError
 from wsitk.evaluation.compare import ImageScores, compare
@@ -16,6 +16,9 @@ from wsitk.evaluation.labels import Outlines
 from wsitk.evaluation.pairing import Pair, find_items, find_pictures, pair_items
 from wsitk.evaluation.pitfalls import Warned, warnings_of
 from wsitk.evaluation.settings import Options
+
+if TYPE_CHECKING:
+    from wsitk.evaluation.uncertainty import Judge, Uncertainty
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -40,6 +43,8 @@ class Evaluation:
         What was read on each side.
     extra : tuple of str
         Predictions without truth, which were left aside.
+    uncertainty : Uncertainty or None
+        What the predictions' own doubt is worth, where that was asked.
     """
 
     options: Options
@@ -51,6 +56,7 @@ class Evaluation:
     truth_said: str
     predicted_said: str
     extra: tuple[str, ...] = ()
+    uncertainty: Uncertainty | None = None
 
     def figure(self, key: str) -> Figure:
         """Return a figure by its key, such as ``bpq@images``. Raises UsageError (WSI833) if there is none."""
@@ -71,9 +77,10 @@ def evaluate(
     """Compare the predictions in one place with the truth in another.
 
     `on_image` is told each image's name, and how many there are, before it is read. Images are held one at a time.
-    Raises UsageError and SourceError with the codes WSI820 to WSI839.
+    Raises UsageError and SourceError with the codes WSI820 to WSI839, of uncertainty WSI843 to WSI845.
     """
     options = options or Options()
+    judge = _judge(options)
     reader = LabelReader(semantic=options.task == "segmentation", classes=options.classes)
     points = options.task == "detection"
     truth_side = find_items(Path(truth), reader, points=points)
@@ -83,7 +90,7 @@ def evaluate(
     images = []
     for pair in pairs:
         on_image(pair.name, len(pairs))
-        images.append(_scores(pair, options))
+        images.append(_scores(pair, options, judge))
     words = vocabulary(images)
     found = figures(images, options, words)
     training = training_names(options.train) if options.train else []
@@ -97,7 +104,21 @@ def evaluate(
         truth_side.said,
         predicted_side.said,
         tuple(extra),
+        judge.result() if judge else None,
     )
+
+
+def _judge(options: Options) -> Judge | None:
+    """Return who judges the doubt, if that is wanted. Raises UsageError (WSI844) for another task than nuclei."""
+    if not options.uncertainty:
+        return None
+    if options.task != "nuclei":
+        raise UsageError(
+            "WSI844", f"--uncertainty judges objects and their pixels; take --task nuclei, not {options.task}"
+        )
+    from wsitk.evaluation.uncertainty import Judge
+
+    return Judge(options)
 
 
 def _with_facts(pairs: Sequence[Pair], options: Options) -> list[Pair]:
@@ -123,9 +144,11 @@ def _with_facts(pairs: Sequence[Pair], options: Options) -> list[Pair]:
     ]
 
 
-def _scores(pair: Pair, options: Options) -> ImageScores:
+def _scores(pair: Pair, options: Options, judge: Judge | None) -> ImageScores:
     truth = pair.truth.read()
     predicted = pair.predicted.read() if pair.predicted else None
+    if judge is not None:
+        judge.add(pair, truth, predicted)
     if options.task != "detection":
         for side in (truth, predicted):
             if isinstance(side, Outlines) and not side.has_areas:

@@ -89,6 +89,10 @@ class Options:
         Of the bootstrap.
     allow_extra : bool
         Whether predictions without truth are left aside instead of being refused.
+    uncertainty : bool
+        Whether what a run says of its own certainty is held against the truth; of `nuclei` only.
+    interval_level : float
+        The share of true areas that the run's intervals of area mean to hold.
     """
 
     task: Task = "nuclei"
@@ -106,3 +110,5 @@ class Options:
     resamples: int = 1000
     seed: int = 0
     allow_extra: bool = False
+    uncertainty: bool = False
+    interval_level: float = 0.9
