@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 import wsitk
-from wsitk.pipeline import Result
+from wsitk.result import Result
 from wsitk.uncertainty import MonteCarlo, SampledModel
 
 SETTINGS: dict[str, Any] = {"threads": 1, "workers": 1, "device": "cpu", "preview": False}

@@ -160,7 +160,8 @@ def _tell(
     as_json: bool,
 ) -> None:
     """Say of inputs that no model could take why, and put them into the summary."""
-    from wsitk.pipeline import Event, write_report
+    from wsitk.pipeline import Event
+    from wsitk.reports import write_report
 
     for row in rows:
         if dry_run:

@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from wsitk.geometry import Spacing as Spacing
     from wsitk.grid import Tile as Tile
     from wsitk.grid import TileGrid as TileGrid
-    from wsitk.pipeline import Result as Result
-    from wsitk.pipeline import run as run
     from wsitk.registry import load_model as load_model
+    from wsitk.result import Result as Result
+    from wsitk.run_one import run as run
     from wsitk.sources import open_source as open_source
 
 __version__ = "0.1.0"
@@ -24,8 +24,8 @@ _HOMES = {
     "TileGrid": "wsitk.grid",
     "open_source": "wsitk.sources",
     "load_model": "wsitk.registry",
-    "run": "wsitk.pipeline",
-    "Result": "wsitk.pipeline",
+    "run": "wsitk.run_one",
+    "Result": "wsitk.result",
 }
 
 __all__ = ["__version__", *_HOMES]

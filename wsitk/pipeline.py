@@ -13,20 +13,15 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, final
 
-import numpy as np
-from numpy.typing import NDArray
-
 from wsitk.anonymous import Veil
 from wsitk.blocks import BlockError, BlockReport, BlockTask
 from wsitk.blockstore import DamagedBlockError
-from wsitk.contact_sheet import write_contact_sheet
-from wsitk.durable import locked_folder, write_durably
+from wsitk.durable import write_durably
 from wsitk.errors import OutputError, UsageError, WsitkError
 from wsitk.finish import finish
 from wsitk.jobs import Job
@@ -35,19 +30,16 @@ from wsitk.model import Model, ModelSpec
 from wsitk.outcome import done_row, exit_code, failed_row, known_error, partial_row
 from wsitk.plan import Plan, resolve_spec
 from wsitk.planner import Input, Planner
-from wsitk.plate_table import write_plates
 from wsitk.reading.client import ReaderProcess
-from wsitk.record import InputRow, earlier_rows, read_json, write_run, write_summary
+from wsitk.record import InputRow, earlier_rows, read_json
 from wsitk.registry import load_model
-from wsitk.result import Result
+from wsitk.reports import now, write_report
 from wsitk.settings import Settings, available_cpus, available_memory
-from wsitk.sources import open_source
-from wsitk.sources.base import Source
 from wsitk.work.apart import WorkApart
 from wsitk.work.base import ModelRef, Order, Work, slot_bytes
 from wsitk.work.here import WorkHere
 
-__all__ = ["Event", "Input", "ModelRef", "Result", "Runner", "exit_code", "run", "write_report"]
+__all__ = ["Event", "Input", "ModelRef", "Runner", "exit_code"]
 
 MEMORY_SHARE = 0.9
 """Of the machine's memory, what the model's process may hold unless `max_ram` says otherwise."""
@@ -60,72 +52,6 @@ class Event:
     kind: str
     input: str
     facts: Mapping[str, Any] = field(default_factory=dict)
-
-
-def run(
-    model: Model | str | Path,
-    source: Source | str | Path | NDArray[np.generic],
-    *,
-    out: str | Path,
-    spacing: float | tuple[float, ...] | None = None,
-    **settings: Any,
-) -> Result:
-    """Run `model` over one slide, image or array and return the result in `out`.
-
-    A file is read, and a model given by name or path is run, in a process of its own; a model object and an
-    array stay in this one. `spacing` (µm) is for arrays, and for files instead of what they state; `settings`
-    are the fields of `wsitk.settings.Settings`. Running again continues where a killed run stopped. Raises
-    the WsitkError that stopped the input.
-    """
-    hidden = bool(settings.get("anonymize")) and isinstance(source, str | Path)
-    named = Veil(Settings(**settings), Path(out)).name(Path(str(source)).name) if hidden else None
-    opened = open_source(source, mpp=spacing, name=named)
-    with contextlib.nullcontext(opened) if opened is source else opened:
-        reference = _reference(model, opened)
-        runner = Runner(reference, Path(out), Settings(**settings))
-        runner.run([Input(opened.name, opened)])
-    if runner.errors:
-        raise runner.errors[0]
-    return Result(Path(out) / opened.name)
-
-
-def _reference(model: Model | str | Path, source: Source) -> Model | ModelRef:
-    """Return how to run a model over a source: by name where both can go to other processes."""
-    if isinstance(model, Model):
-        return model
-    return ModelRef(str(model)) if source.ref is not None else load_model(model)
-
-
-def write_report(
-    out: Path,
-    rows: Mapping[str, InputRow],
-    settings: Settings,
-    *,
-    seconds: float,
-    started: str = "",
-    deaths: Sequence[str] = (),
-) -> None:
-    """Write the files over all inputs, those of other runs into this folder included."""
-    with locked_folder(out):  # another part of this run may be saying the same
-        every = {**earlier_rows(out / "run.json")}
-        for name, row in rows.items():
-            if row.status != "partial" or every.get(name, row).status not in ("done", "gaps"):
-                every[name] = row
-        write_summary(out / "summary.csv", every.values())
-        write_contact_sheet(out, list(every.values()))
-        write_plates(out, every.values())
-        write_run(
-            out / "run.json",
-            started=started or _now(),
-            seconds=seconds,
-            rows=every.values(),
-            settings=asdict(settings),
-            deaths=deaths,
-        )
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @final
@@ -216,7 +142,7 @@ class Runner:
 
     def run(self, inputs: Sequence[Input]) -> list[InputRow]:
         """Work on all inputs; return a row for each. Raises OutputError if nothing can be written."""
-        started, began = _now(), time.perf_counter()
+        started, began = now(), time.perf_counter()
         try:
             inputs = self._veil.inputs(inputs)
             self._make_folder()

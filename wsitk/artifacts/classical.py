@@ -105,7 +105,7 @@ def _coverslip(v: _View) -> Mask:
     weak = (low > 0.12) & (low > 0.75 * high) & ~v.pen
     pieces = Pieces.of(held(weak, low > 0.25), v.um)
     long = (pieces.length_um > 900) & (pieces.width_um < 500) & (pieces.length_um > 6 * pieces.width_um)
-    return grown(pieces.keep(long), 8 / v.um) & (low > 0.05)
+    return np.asarray(grown(pieces.keep(long), 8 / v.um) & (low > 0.05), np.bool_)
 
 
 def _fold(v: _View) -> Mask:

@@ -73,7 +73,7 @@ class ArtifactMask:
 
     def of(self, kind: str) -> NDArray[np.bool_]:
         """Return the grid (y, x) of one kind; raises UsageError (WSI660) if it was not looked for."""
-        return (self.codes & self._bits((kind,))) != 0
+        return np.asarray((self.codes & self._bits((kind,))) != 0, np.bool_)
 
     def any(self, region: Region, kinds: Sequence[str] | None = None) -> bool:
         """Tell whether anything is marked in `region` (level-0 pixels), of `kinds` or of any."""
@@ -87,7 +87,7 @@ class ArtifactMask:
         A pixel is marked if it shares any area with a marked pixel of the grid, however the two grids lie:
         nothing marked is lost, whatever the scale.
         """
-        return (self.codes_over(region, shape) & self._bits(kinds)) != 0
+        return np.asarray((self.codes_over(region, shape) & self._bits(kinds)) != 0, np.bool_)
 
     def codes_over(self, region: Region, shape: tuple[int, ...] | None = None) -> NDArray[np.uint8]:
         """Return what `over` does with the bits of all kinds, as in `codes`."""
@@ -95,7 +95,7 @@ class ArtifactMask:
         part = self.codes
         for axis, count in ((0, rows), (1, columns)):
             step = region.shape[axis] / max(1, count)
-            edges = region.start[axis] + step * np.arange(count + 1)
+            edges = region.start[axis] + step * np.arange(count + 1, dtype=np.float64)
             part = _gather(part, (edges - self.corner[axis]) / self.scale[axis], axis)
         return part
 
@@ -115,7 +115,7 @@ class ArtifactMask:
         return np.uint8(sum(1 << self.kinds.index(kind) for kind in wanted))
 
 
-def _gather(codes: NDArray[np.uint8], edges: NDArray[np.float64], axis: int) -> NDArray[np.uint8]:
+def _gather(codes: NDArray[np.uint8], edges: NDArray[Any], axis: int) -> NDArray[np.uint8]:
     """Return the union of the grid's pixels that lie between neighbouring `edges`, along one axis.
 
     An edge that misses a border of the grid by rounding alone is on it.

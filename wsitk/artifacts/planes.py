@@ -173,7 +173,7 @@ def _cells(pixels: Array, step: int) -> Array:
 
 
 def _means(pixels: Array, step: int) -> Array:
-    return _cells(pixels, step).mean((1, 3))
+    return np.asarray(_cells(pixels, step).mean((1, 3)))
 
 
 def _brightest(pixels: Array) -> NDArray[np.uint8]:

@@ -30,7 +30,7 @@ _PIECE_VALUES = 1 << 24
 
 @final
 class VolumeGrid(WorkingGrid):
-    """A source as `view` shows it, interpolated by cubic splines unless that says otherwise. `fill` is in normalised units.
+    """A source as `view` shows it, by cubic splines unless that says otherwise. `fill` is in normalised units.
 
     Values are those of nnU-Net's preprocessing of the whole volume (skimage's `resize` of order 3, slice by slice
     where the view sets an axis apart), to about 1e-7 of their range.

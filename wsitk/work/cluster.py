@@ -162,6 +162,11 @@ class WorkCluster(Work):
         return ()
 
     def _lose(self, sent: _Sent, error: BaseException) -> None:
+        since = time.monotonic()
+        while self._client.status != "running":  # all are lost with the scheduler, which may come back
+            if self._client.status == "closed" or time.monotonic() - since > PATIENCE_SECONDS:
+                raise self._alone() from error
+            time.sleep(LOOK_SECONDS / 10)
         if sent.lost == TRIES:
             self._forget(sent.unit[0].input)
             text = f"{sent}: {TRIES} workers were lost with it; see their logs"
@@ -293,7 +298,8 @@ class WorkCluster(Work):
         with contextlib.suppress(Exception):  # workers may be gone, and so may the scheduler
             if self._client.status == "running":
                 self._client.cancel([sent.future for sent in self._sent.values()], force=True)
-                self._client.run(station.dismiss, self._token, on_error="ignore")
+                if self._cluster is None:  # workers of our own end below, and their models with them
+                    self._client.run(station.dismiss, self._token, on_error="ignore")
         self._sent.clear()
         self._client.close()
         if self._cluster is not None:
@@ -326,6 +332,7 @@ def _local(distributed: Any, address: str) -> Any:
     if not text.isdigit() or not int(text):
         raise UsageError("WSI026", f"--scheduler wants local, local:N or tcp://HOST:PORT, got {address!r}")
     return distributed.LocalCluster(
-        n_workers=int(text), threads_per_worker=2, host="127.0.0.1", dashboard_address=None,
+        n_workers=int(text), threads_per_worker=2, host="127.0.0.1", dashboard_address="127.0.0.1:0",
+        scheduler_kwargs={"dashboard": False}, preload=["wsitk.work.station"],
         local_directory=os.environ.get("TMPDIR"),
     )  # fmt: skip

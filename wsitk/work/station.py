@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import final
+from typing import TYPE_CHECKING, final
 
 from wsitk.blocks import BlockError, BlockReport, BlockTask
 from wsitk.errors import ModelError
@@ -21,14 +22,17 @@ from wsitk.settings import available_memory
 from wsitk.work.apart import WorkApart
 from wsitk.work.base import Order
 
-__all__ = ["Answer", "describe", "dismiss", "estimate", "work"]
+if TYPE_CHECKING:
+    from distributed import Worker
+
+__all__ = ["Answer", "DismissedError", "dask_setup", "describe", "dismiss", "estimate", "work"]
 
 MEMORY_SHARE = 0.9
 
 IDLE_SECONDS = 600.0
 """A model without work for so long is let go: whoever ran it may have been killed. Work brings it back."""
 
-CLOSING_SECONDS = 8.0
+CLOSING_SECONDS = 6.0
 """How long a run that ends waits for its models to be gone."""
 
 
@@ -225,3 +229,8 @@ async def dismiss(token: str) -> None:
     if station is not None:
         with contextlib.suppress(TimeoutError):  # the thread goes on
             await asyncio.wait_for(asyncio.to_thread(station.close), CLOSING_SECONDS)
+
+
+def dask_setup(worker: Worker) -> None:
+    """Leave Ctrl-C to the run that has started this worker; Dask calls this in workers that preload the module."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
