@@ -95,7 +95,8 @@ def test_defaults_are_those_of_settings() -> None:
     assert not missing, f"settings without an option: {missing}"
     for field in fields(Settings):
         said = offered[field.name]
-        if field.name in ("roi", "part"):
+        said = tuple(said) if isinstance(said, list) else said
+        if field.name in ("roi", "part", "channels"):
             said = said or None
         assert said == getattr(plain, field.name), field.name
 
@@ -304,18 +305,27 @@ def test_dry_run_writes_nothing(call: Call, data: Path, tmp_path: Path) -> None:
 
 def test_every_option_arrives_in_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arrived: list[Settings] = []
+    (tmp_path / "m.geojson").write_text("{}")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("wsitk.cli.run.execute", lambda m, i, o, settings, **more: arrived.append(settings))
     words = (
         "run m in -o out --tile 512 --halo 32 --roi 1,2,3,4 --tissue none --precision bfloat16 --threads 3 --block 2 "
         "--device cpu --batch 4 --workers 5 --max-unreadable 0.5 --overwrite --no-maps --no-geojson --no-preview "
-        "--no-supervise --deadline 9 --read-deadline 8 --max-ram 7 --part 1/6"
+        "--no-supervise --deadline 9 --read-deadline 8 --max-ram 7 --part 1/6 --channels DAPI,2 --samples 5 "
+        "--uncertainty ensemble --dropout 0.3 --seed 6 --member a --member b --scheduler local --mask m.geojson "
+        "--restore-samples 2 --no-restored-image --ome-tiff --count-restored --anonymize --anonymize-key k "
+        "--anonymize-table t"
     )
     result = CliRunner().invoke(app, words.split())
     assert result.exit_code == 0, result.output
     assert arrived == [
         Settings(
-            512, 32, (1, 2, 3, 4), "none", "bfloat16", 3, 2, "cpu", 4, 5, 0.5, False, 9.0, 8.0, 7.0, (1, 6),
-            True, False, False, False,
+            tile=512, halo=32, roi=(1, 2, 3, 4), tissue="none", channels=("DAPI", 2), precision="bfloat16", threads=3,
+            block=2, samples=5, uncertainty="ensemble", dropout=0.3, seed=6, members=("a", "b"), device="cpu", batch=4,
+            workers=5, max_unreadable=0.5, supervise=False, deadline=9.0, read_deadline=8.0, max_ram=7.0, part=(1, 6),
+            scheduler="local", overwrite=True, maps=False, geojson=False, preview=False, mask="m.geojson",
+            restore_samples=2, restored_image=False, ome_tiff=True, count_restored=True, anonymize=True,
+            anonymize_key="k", anonymize_table="t",
         )
     ]  # fmt: skip
     assert all(getattr(arrived[0], f.name) != f.default for f in fields(Settings))
