@@ -320,7 +320,7 @@ def test_every_option_arrives_in_the_settings(tmp_path: Path, monkeypatch: pytes
     assert result.exit_code == 0, result.output
     assert arrived == [
         Settings(
-            tile=512, halo=32, roi=(1, 2, 3, 4), tissue="none", channels=("DAPI", 2), precision="bfloat16", threads=3,
+            tile=512, halo=32, roi=(1, 2, 3, 4), tissue="none", channels=("DAPI", "2"), precision="bfloat16", threads=3,
             block=2, samples=5, uncertainty="ensemble", dropout=0.3, seed=6, members=("a", "b"), device="cpu", batch=4,
             workers=5, max_unreadable=0.5, supervise=False, deadline=9.0, read_deadline=8.0, max_ram=7.0, part=(1, 6),
             scheduler="local", overwrite=True, maps=False, geojson=False, preview=False, mask="m.geojson",
