@@ -14,6 +14,7 @@ from wsitk.errors import ModelError
 
 if TYPE_CHECKING:
     from wsitk.card import Card
+    from wsitk.model import RegionModel, TileModel
 
 __all__ = ["app"]
 
@@ -105,16 +106,25 @@ def _show_spec(name: str, as_json: bool) -> None:
 @app.command("check")
 def check(name: Name) -> None:
     """Load a model strictly and run one blank tile through it; exits 3 with the reason if it can't."""
+    from wsitk.model import RegionModel
+    from wsitk.registry import load_model
+
+    model = load_model(name)
+    model.network.eval()
+    said = _painted(name, model) if isinstance(model, RegionModel) else _answered(name, model)
+    size = sum(p.numel() for p in model.network.parameters())
+    typer.echo(f"{model.spec.name} {model.spec.version}: {size:,} parameters load; {said}")
+
+
+def _answered(name: str, model: TileModel) -> str:
+    """Return what a model says of a blank tile."""
     import numpy as np
     import torch
 
     from wsitk.geometry import Region
     from wsitk.grid import TileGrid
-    from wsitk.registry import load_model
 
-    model = load_model(name)
     spec = model.spec
-    model.network.eval()
     grid = TileGrid.fit(Region((0,) * spec.ndim, spec.tile), spec.tile, spec.halo, align=spec.align)
     blank = torch.full((1, spec.channels, *spec.tile), 255, dtype=torch.uint8)
     with torch.inference_mode():
@@ -122,10 +132,27 @@ def check(name: Name) -> None:
     arrays = {k: v[0].numpy() for k, v in outputs.items()}
     bad = [k for k, v in arrays.items() if not np.isfinite(v).all()]
     if bad:
-        raise ModelError(
-            "WSI310", f"{name} gives non-finite {', '.join(bad)} on a blank tile; the weights are unusable"
-        )
+        raise _unusable(name, ", ".join(bad))
     found = model.postprocess(arrays, grid[0]).objects
-    count = 0 if found is None else len(found)
-    size = sum(p.numel() for p in model.network.parameters())
-    typer.echo(f"{spec.name} {spec.version}: {size:,} parameters load; {count} objects on blank glass")
+    return f"{0 if found is None else len(found)} objects on blank glass"
+
+
+def _painted(name: str, model: RegionModel) -> str:
+    """Return what a model does about a hole in blank glass."""
+    import numpy as np
+    import torch
+
+    from wsitk.geometry import Region
+
+    side = tuple(min(t, 4 * max(h, 1)) for t, h in zip(model.spec.tile, model.spec.halo, strict=True))
+    image, mask = np.full((*side, model.spec.channels), 240, np.uint8), np.zeros(side, bool)
+    mask[tuple(slice(n // 2 - 4, n // 2 + 4) for n in side)] = True
+    with torch.inference_mode():
+        painted = model.process_region(image, mask, Region((0,) * len(side), side))
+    if not np.isfinite(painted).all():
+        raise _unusable(name, "pixels")
+    return f"a hole in blank glass is painted with mean {painted[mask].mean():.0f} of 255"
+
+
+def _unusable(name: str, what: str) -> ModelError:
+    return ModelError("WSI310", f"{name} gives non-finite {what} on a blank tile; the weights are unusable")
