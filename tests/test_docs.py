@@ -206,7 +206,7 @@ RANGE = {
     "SpacingError": "2",
     "ModelError": "[36]",
     "WorkError": "[468]",
-    "OutputError": "[568]",
+    "OutputError": "[0568]",
 }
 
 
