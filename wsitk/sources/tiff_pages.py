@@ -80,7 +80,7 @@ def page_of(page: Any, name: str, parts: int = 1) -> TiledPage:
 
 
 def check_chain(file: Any, name: str) -> None:
-    """Raise SourceError (WSI102) if the chain of page headers leads beyond the end of the file.
+    """Raise SourceError if the chain of page headers leads beyond the file's end (WSI102), or back (WSI115).
 
     tifffile takes the pages that are left, so that a slide cut short would only lose levels.
     """
@@ -102,6 +102,10 @@ def check_chain(file: Any, name: str) -> None:
                 f"{name}: the file ends at {handle.size:,} bytes, within page headers; copy it again",
             )
         offset = _number(following, layout)
+    if offset:
+        raise SourceError(
+            "WSI115", f"{name}: its pages lead back to byte {offset}; the header is damaged, copy it again"
+        )
 
 
 def _number(data: bytes, layout: Any) -> int:
