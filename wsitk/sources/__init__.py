@@ -95,7 +95,7 @@ def _x_ray(path: str, **options: Any) -> Source:
 
 # Volumes and radiographs are tried first: they know their files by the first bytes, and a folder of slices,
 # and OpenSlide need not meet DICOM that is no slide.
-_BY_FIRST_BYTES = ("nifti", "nrrd", "dicom", "xray")
+_BY_FIRST_BYTES = ("planes", "nifti", "nrrd", "dicom", "xray")
 OPENERS: dict[str, Opener] = {
     "nifti": _nifti, "nrrd": _nrrd, "dicom": _dicom, "xray": _x_ray,
     "planes": _planes, "tiff": _direct, "openslide": _openslide, "image": _image,
