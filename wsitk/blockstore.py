@@ -14,6 +14,7 @@ import contextlib
 import io
 import json
 import os
+import secrets
 import re
 import zlib
 from collections.abc import Callable, Mapping
@@ -73,7 +74,7 @@ class BlockStore:
         body = {**json.loads(json.dumps(record)), "bytes": len(data), "crc32": zlib.crc32(data)}
         full = {**body, "record_crc32": _crc_of(body)}
         # The process's number keeps an orphan of a killed run, not yet dead, from mixing into our file.
-        mark = f".{os.getpid()}"
+        mark = f".{os.getpid()}{secrets.randbits(40):013d}"  # two containers may share a number
         write_durably(self._data(block), data, mark=mark)
         write_durably(self._record(block), json.dumps(full, sort_keys=True).encode(), mark=mark)
 

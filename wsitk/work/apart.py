@@ -181,6 +181,6 @@ class WorkApart(Work):
 
     def close(self) -> None:
         """End the process."""
-        if self._child is not None:
-            self._child.close()
-            self._child = None
+        child, self._child = self._child, None
+        if child is not None:
+            child.close()

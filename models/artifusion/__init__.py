@@ -1,0 +1,1 @@
+"""ArtiFusion: what lies under an artifact, painted in by a diffusion model from the tissue around it."""
