@@ -58,7 +58,8 @@ def test_a_refused_call_is_a_coded_error_and_can_be_resumed(
 def test_every_call_may_be_refused(name: str, slide: str, whole: Whole, calls: int, tmp_path: Path) -> None:
     stride = int(os.environ.get("WSITK_TEST_STRIDE", "1"))
     said = {
-        step: refused_and_resumed(step, name, slide, whole[0], tmp_path) for step in range(1, calls + 1, stride)
+        step: refused_and_resumed(step, name, slide, whole[0], tmp_path)
+        for step in range(1, calls + 1, stride)
     }
     assert set(said.values()) - {"done"}, "some refusals must be heard of"
 
@@ -71,7 +72,17 @@ TRACED = "rename,renameat,renameat2,fsync,fdatasync"
 def under_strace(injection: str, slide: str, out: Path) -> int:
     """Run the oracle under strace, with an injection into the calls of every thread."""
     code = f"from crashing import oracle_run; oracle_run({slide!r}, {str(out)!r})"
-    command = ["strace", "-f", "-qq", "-o", os.devnull, "-e", f"trace={TRACED}", "-e", f"inject={TRACED}:{injection}"]
+    command = [
+        "strace",
+        "-f",
+        "-qq",
+        "-o",
+        os.devnull,
+        "-e",
+        f"trace={TRACED}",
+        "-e",
+        f"inject={TRACED}:{injection}",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     return subprocess.run(
         [*command, sys.executable, "-c", code], env=environment, capture_output=True, timeout=300, check=False
@@ -81,7 +92,9 @@ def under_strace(injection: str, slide: str, out: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
 @pytest.mark.parametrize("injection", ["signal=KILL", "error=EIO", "error=ENOSPC"])
-def test_every_rename_and_fsync_may_be_the_last(injection: str, slide: str, whole: Whole, tmp_path: Path) -> None:
+def test_every_rename_and_fsync_may_be_the_last(
+    injection: str, slide: str, whole: Whole, tmp_path: Path
+) -> None:
     """Calls are counted in each thread; when none has so many any more, the run ends well, and so does the test."""
     stride = int(os.environ.get("WSITK_TEST_STRIDE", "1"))
     for step in range(1, 1000, stride):

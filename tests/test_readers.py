@@ -52,12 +52,13 @@ def test_weights_of_nothing_known_are_refused_by_what_they_hold(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("folder", "module"), [
+    ("folder", "module"),
+    [
         ("cellvit", "cellvit.folder"),
         ("hippocampus", "hippocampus.model"),
         ("liverstage", "liverstage.model"),
         ("artifusion", "artifusion.model"),
-    ]
+    ],
 )
 def test_a_folder_with_a_card_is_known_by_its_network(folder: str, module: str) -> None:
     assert folder_reader(MODELS / folder).__module__ == f"wsitk.models.{module}"

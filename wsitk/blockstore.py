@@ -14,8 +14,8 @@ import contextlib
 import io
 import json
 import os
-import secrets
 import re
+import secrets
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -204,7 +204,9 @@ class ModelSpec:
         if self.whole and (any(self.halo) or self.step or self.spacing is not None):
             raise ValueError(f"{self.name} sees the whole input: no halo, no step, no spacing")
         if self.orientation and (self.objects or self.interpolation == "area"):
-            raise ValueError(f"{self.name} wants an orientation: fields only, and an interpolation of volumes")
+            raise ValueError(
+                f"{self.name} wants an orientation: fields only, and an interpolation of volumes"
+            )
         if self.viewed and self.spacing is not None and self.interpolation == "area":
             raise ModelError(
                 "WSI339",

@@ -236,9 +236,12 @@ def _with_repair(plan: Plan, source: Source, settings: Settings) -> Plan:
 
     if isinstance(settings.roi, str):
         raise UsageError(
-            "WSI683", "--roi with a GeoJSON is not for restoring; give x,y,width,height, or draw the --mask itself"
+            "WSI683",
+            "--roi with a GeoJSON is not for restoring; give x,y,width,height, or draw the --mask itself",
         )
-    mask = find_artifacts(source) if settings.mask == "auto" else artifacts_from_geojson(settings.mask, source)
+    mask = (
+        find_artifacts(source) if settings.mask == "auto" else artifacts_from_geojson(settings.mask, source)
+    )
     repair = plan_repair(plan.name, mask, source.shape, plan.scale, plan.image, plan.grid)
     active = np.zeros(len(plan.grid), bool)
     active[[piece.tile for piece in repair.pieces]] = True

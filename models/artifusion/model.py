@@ -36,7 +36,7 @@ ARCH = "artifusion"
 """What the card's ``[network]`` calls it; the other fields are `DenoiserConfig`'s, ``schedule`` and ``times``."""
 
 AFFORDABLE = Sampling("dpm++", steps=20, jump_n_sample=1, start=0.7, average=2)
-"""The default; benchmarks/restoration_quality.py says what it costs against the full schedule."""
+"""The default; the README says what it costs and gives up against the full schedule."""
 
 REGION = 2048
 """Rows and columns of the largest region that is restored at once, in pixels; memory grows with its area."""

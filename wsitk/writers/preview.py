@@ -121,9 +121,7 @@ def draw_preview(
     picture, faults = tile_layer(picture, tiles if tiles is not None else (), scale)
     census = None
     if objects:
-        census = take_census(
-            objects, len(colors), picture.shape[:2], scale, shape, restored=count_restored
-        )
+        census = take_census(objects, len(colors), picture.shape[:2], scale, shape, restored=count_restored)
     if census is not None:
         picture = blend(picture, *density_layer(census.density, colors, mask))
     windows = _choose(census, shape, extent) if census else []

@@ -66,7 +66,9 @@ def geodesic_distance(
     elif cost == "geodistk":
         _raster(distance, values.reshape(lift), steps, weight, 1e-5, iterations, _behind(values.ndim, mode))
     else:  # a scan that changes nothing is the last: no path has more turns than voxels
-        _raster(distance, values.reshape(lift), steps, weight, 0.0, values.size, _behind(values.ndim, "textbook"))
+        _raster(
+            distance, values.reshape(lift), steps, weight, 0.0, values.size, _behind(values.ndim, "textbook")
+        )
     return distance.reshape(values.shape)
 
 
