@@ -239,7 +239,7 @@ def test_the_command_line_samples_in_a_process_of_its_own(slide: Path, tmp_path:
     assert done.exit_code == 0, done.output
     model = Small(net(), objects=True, dtype="uint8")
     here = wsitk.run(model, str(slide), out=tmp_path / "here", samples=4, seed=9, workers=1, **PLAIN)
-    apart = wsitk.pipeline.Result(tmp_path / "apart" / "slide.tiff")
+    apart = wsitk.Result(tmp_path / "apart" / "slide.tiff")
     assert apart.provenance["key"] == here.provenance["key"]
     assert apart.provenance["outputs"] == here.provenance["outputs"]
 
@@ -264,7 +264,7 @@ def test_an_ensemble_is_named_on_the_command_line(slide: Path, tmp_path: Path) -
     words += ["--threads", "1", "--no-preview", "--no-supervise", "--uncertainty", "ensemble"]
     done = CliRunner().invoke(app, [*words, "--member", "sampled_models:small_model"])
     assert done.exit_code == 0, done.output
-    result = wsitk.pipeline.Result(tmp_path / "out" / "slide.tiff")
+    result = wsitk.Result(tmp_path / "out" / "slide.tiff")
     assert "2 models" in result.provenance["model"]["version"]
     assert result.maps[1 + MEASURES.index("mutual_information")].max().compute() == 0  # twice the same model
 
