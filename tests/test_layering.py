@@ -16,6 +16,7 @@ ORDER = (
     "frame",
     "settings",
     "compiled",
+    "keyed",
     "noise",
     "plaincalls",
     "plainpickle",
