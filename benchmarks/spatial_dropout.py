@@ -32,7 +32,6 @@ from wsitk.metrics.bootstrap import bootstrap, pooled_f1
 from wsitk.metrics.calibration import calibration_error, equal_width_edges, reliability
 from wsitk.metrics.panoptic import panoptic_counts
 from wsitk.metrics.selective import aurc, counts_at, error_auroc, levels_of
-from wsitk.models.hippocampus.cases import split
 from wsitk.models.liverstage.data import Crops, Sample, normalised, read_photographs, sample, targets
 from wsitk.models.liverstage.fields import FieldRecipe, make_field
 from wsitk.models.liverstage.model import LiverStageModel, spec_of
@@ -40,6 +39,7 @@ from wsitk.models.liverstage.network import LiverStageUNet, UNetConfig
 from wsitk.models.liverstage.objects import CutSettings, segment
 from wsitk.models.liverstage.training import loss_parts
 from wsitk.training.fit import fit
+from wsitk.training.folds import split
 from wsitk.training.settings import FitConfig
 from wsitk.training.state import write_tensors
 from wsitk.training.task import Batch, Group, Task

@@ -19,7 +19,7 @@ from wsitk.card import read_card, write_card
 from wsitk.errors import ModelError, UsageError
 from wsitk.models.hippocampus import model as hippocampus
 from wsitk.models.hippocampus.augment import Recipe, random_crop
-from wsitk.models.hippocampus.cases import Case, find_cases, read_case, split
+from wsitk.models.hippocampus.cases import Case, find_cases, read_case
 from wsitk.models.hippocampus.evaluate import case_scores, summary
 from wsitk.models.hippocampus.network import CLASSES, narrow_stunet
 from wsitk.models.hippocampus.training import (
@@ -31,6 +31,7 @@ from wsitk.models.hippocampus.training import (
     train,
 )
 from wsitk.models.nnunet.volume import VolumeModel
+from wsitk.training.folds import split
 from wsitk.volumes.nnunet_rules import gaussian, tile_starts
 from wsitk.writers.base import sha256_file
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from wsitk.models.hippocampus.network import NORMALISE
 from wsitk.sources import open_source
 from wsitk.volumes.nnunet_rules import Moments
 
-__all__ = ["Case", "find_cases", "read_case", "split"]
+__all__ = ["Case", "find_cases", "read_case"]
 
 FOLDERS = (("images", "labels"), ("imagesTr", "labelsTr"))
 """The two that belong together; the second pair is that of the Medical Segmentation Decathlon."""
@@ -67,13 +65,3 @@ def _read(path: Path) -> NDArray[Any]:
         return source.read(source.bounds)
     finally:
         source.close()
-
-
-def split(names: Sequence[str], parts: int, part: int, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Return which cases to learn from and which are held out: an order by hash, cut into `parts`.
-
-    Only a name and `seed` decide on which place of the order a case is.
-    """
-    order = sorted(range(len(names)), key=lambda i: hashlib.sha256(f"{seed}/{names[i]}".encode()).digest())
-    held_out = sorted(order[part::parts])
-    return sorted({*order} - {*held_out}), held_out

@@ -14,10 +14,11 @@ from torch.nn import functional as F
 
 from wsitk.metrics.overlap import dice
 from wsitk.models.hippocampus.augment import Recipe, random_crop
-from wsitk.models.hippocampus.cases import Case, find_cases, read_case, split
+from wsitk.models.hippocampus.cases import Case, find_cases, read_case
 from wsitk.models.hippocampus.network import CLASSES, narrow_stunet
 from wsitk.models.stunet.network import STUNet
 from wsitk.training.fit import Outcome, fit
+from wsitk.training.folds import split
 from wsitk.training.settings import FitConfig
 from wsitk.training.state import write_tensors
 from wsitk.training.task import Batch, Group, Task

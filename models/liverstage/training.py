@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from wsitk.metrics.counts import Counts
 from wsitk.metrics.overlap import dice
 from wsitk.metrics.panoptic import panoptic_counts
-from wsitk.models.hippocampus.cases import split
 from wsitk.models.liverstage.data import Crops, Photograph, normalised, read_photographs, sample
 from wsitk.models.liverstage.fields import Field, make_field
 from wsitk.models.liverstage.network import LiverStageUNet, UNetConfig
 from wsitk.models.liverstage.objects import segment
 from wsitk.training.fit import Outcome, fit
+from wsitk.training.folds import split
 from wsitk.training.settings import FitConfig
 from wsitk.training.state import write_tensors
 from wsitk.training.task import Batch, Group, Task
